@@ -1,0 +1,32 @@
+"""The compiled extension, or the reason why it is missing.
+
+`_C` must be loaded after torch: it is linked against the libtorch_cpu that is already in the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch  # noqa: F401  (loads libtorch_cpu first)
+
+_C: ModuleType | None
+missing: str
+"""Why there is no extension, in words; empty when there is one."""
+
+try:
+    _C = importlib.import_module("fastnn._C")
+    missing = ""
+except ImportError as error:
+    _C = None
+    missing = (
+        f"the compiled extension fastnn._C could not be imported ({error}). If python runs in the source folder, "
+        "install the package there first (`pip install .` puts it elsewhere: `pip install --no-build-isolation -e .`)"
+    )
+
+
+def require() -> ModuleType:
+    """The extension module; ImportError with the reason where it is missing."""
+    if _C is None:
+        raise ImportError(missing)
+    return _C
