@@ -75,7 +75,7 @@ def pick(op: str, x: torch.Tensor) -> str:
     """
     backend = _forced
     if backend is None:
-        if x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and "cpu" in KERNELS.get(op, ()) and not transformed():
+        if x.is_cpu and x.dtype in KERNEL_DTYPES and "cpu" in KERNELS.get(op, ()) and not transformed():
             return "cpu"
         if _extension.missing:
             _warn_missing()

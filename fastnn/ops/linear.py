@@ -90,7 +90,9 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"fastnn.linear: {name} must be a Tensor, got {type(tensor).__name__}")
-    if activation not in ACTIVATIONS:
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise TypeError(f"fastnn.linear: {name} must be a dense tensor, got layout {tensor.layout}")
+    if (activation is not None and not isinstance(activation, str)) or activation not in ACTIVATIONS:
         known = ", ".join(repr(name) for name in ACTIVATIONS)
         raise ValueError(f"fastnn.linear: activation must be one of {known}; got {activation!r}")
     if weight.dim() not in (1, 2):
@@ -120,7 +122,9 @@ def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return tensor.to(dtype)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation | None = None) -> Tensor:
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation | None = None
+) -> Tensor:
     """`activation(input @ weight.T + bias)`, as `torch.nn.functional.linear` followed by the activation, in one pass.
 
     Args:

@@ -36,9 +36,7 @@ class SoftmaxFunction(torch.autograd.Function):
     """Saves the output only; differentiates the reference formula when a second derivative may be wanted."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, dim: int, log: bool, dtype: torch.dtype | None, backend: str
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, dim: int, log: bool, dtype: torch.dtype | None, backend: str) -> Tensor:
         """Runs the backend's forward kernel."""
         output = _dispatch.KERNELS["softmax"][backend].fwd(input, dim, log, dtype, True)
         ctx.save_for_backward(output)
@@ -60,14 +58,16 @@ class SoftmaxFunction(torch.autograd.Function):
 def _softmax(name: str, log: bool, input: Tensor, dim: int, dtype: torch.dtype | None) -> Tensor:
     if not isinstance(input, Tensor):
         raise TypeError(f"fastnn.{name}: input must be a Tensor, got {type(input).__name__}")
+    if input.layout is not torch.strided:
+        raise TypeError(f"fastnn.{name}: input must be a dense tensor, got layout {input.layout}")
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"fastnn.{name}: dim must be an int, got {type(dim).__name__}")
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
         raise IndexError(f"fastnn.{name}: dim must be in [{-rank}, {rank - 1}], got {dim}")
     if dtype is not None and dtype != input.dtype:
-        if not dtype.is_floating_point:
-            raise TypeError(f"fastnn.{name}: dtype must be a floating-point type, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"fastnn.{name}: dtype must be a floating-point torch.dtype, got {dtype!r}")
         if dtype != torch.float32 or input.dtype not in _dispatch.KERNEL_DTYPES:
             input = input.to(dtype)  # only half precision in, float32 out is fused
     elif not input.dtype.is_floating_point:
