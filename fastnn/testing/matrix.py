@@ -1,0 +1,167 @@
+"""Runs a case on a target and judges it: the one place where results are compared.
+
+`check` is what the tests, the benchmarks' correctness gate and `verify` call. It raises on the first broken promise
+and returns what was measured and which cells of the matrix op x dtype x target x layout x part were filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from .._record import KernelRun, record
+from . import policy
+from .cases import MATRIX_LAYOUTS, REFERENCE_DTYPES, Case, Inputs, cases
+from .inputs import arrange, fill
+from .poison import poisoned
+from .targets import Target
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the matrix."""
+
+    op: str
+    dtype: str
+    target: str
+    layout: str
+    part: str
+    """`forward` or `grad_<input>`."""
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.dtype}-{self.target}-{self.layout}-{self.part}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A case that passed."""
+
+    case: Case
+    dtype: str
+    target: Target
+    measured: dict[str, policy.Measured]
+    """Part -> errors."""
+    runs: tuple[KernelRun, ...]
+    """The kernels that ran."""
+
+    @property
+    def cells(self) -> frozenset[Cell]:
+        """The cells of the matrix that this filled."""
+        where = (self.case.op, self.dtype, str(self.target), self.case.layout)
+        return frozenset(Cell(*where, part) for part in self.measured)
+
+
+class PromiseError(AssertionError):
+    """A promise other than accuracy is broken; the message names it."""
+
+
+def matrix_cells(op: str, targets: Sequence[Target], layouts: Sequence[str] = MATRIX_LAYOUTS) -> frozenset[Cell]:
+    """Every cell that the matrix must fill for `op`: forward and each gradient, in each dtype, target and layout."""
+    parts = {part for case in cases(op) for part in case.parts}
+    return frozenset(
+        Cell(op, dtype, str(target), layout, part)
+        for target in targets
+        for dtype, layout, part in product(target.dtypes, layouts, parts)
+    )
+
+
+def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout: str | None = None) -> Verdict:
+    """Runs `case` in `dtype` on `target`, twice, with poisoned memory, and compares with truth and rival.
+
+    Args:
+        case: what to run.
+        dtype: a name in `REFERENCE_DTYPES`.
+        target: where; it must be able to run (`targets()`).
+        seed: of the inputs.
+        grad_layout: memory layout of grad_output; the case's own layout unless given.
+
+    Raises:
+        BudgetError: outside the error policy.
+        PromiseError: an input or grad_output was changed, two runs differ, another kernel or instruction set ran.
+    """
+    where = f"{case.op}/{case.name} {dtype} on {target}"
+    inputs = case.inputs(REFERENCE_DTYPES[dtype], seed)
+    truth = _run(case, case.reference, _upcast(inputs), None)
+    if case.bites:
+        policy.assert_bites(truth[0], where=where)
+    rival_call = case.rival or case.reference
+    grad = None
+    if case.differentiable:
+        with torch.no_grad():
+            like = rival_call(inputs)
+        grad = _grad_output(like, seed, case.layout if grad_layout is None else grad_layout)
+        truth = _run(case, case.reference, _upcast(inputs), grad.to(torch.float64))
+    rival = _run(case, rival_call, inputs, grad)
+    ours, runs = _run_watched(case, inputs, grad, target, where)
+    prove_ran(case, target, runs, where)
+    measured = {}
+    for part, mine, true, theirs in zip(case.parts, ours, truth, rival, strict=True):
+        factor = policy.FORWARD_FACTOR if part == "forward" else policy.GRADIENT_FACTOR
+        label = f"{where} {part}"
+        measured[part] = policy.assert_within_budget(mine, true, theirs, theirs.dtype, factor, where=label)
+        policy.assert_unbiased(mine, true, theirs, where=label)
+    return Verdict(case, dtype, target, measured, tuple(runs))
+
+
+def _upcast(inputs: Inputs) -> Inputs:
+    return {name: t.to(torch.float64) for name, t in inputs.items()}
+
+
+def _grad_output(like: Tensor, seed: int, layout: str) -> Tensor:
+    values = fill(like.shape, like.dtype, torch.Generator().manual_seed(seed + 1))
+    return arrange(values, layout)
+
+
+def _run(case: Case, call: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor | None) -> list[Tensor]:
+    """The result and, given grad_output, each gradient, in the order of `case.parts`."""
+    if grad is None:
+        with torch.no_grad():
+            return [call(inputs)]
+    leaves = {name: t.detach().requires_grad_(name in case.differentiable) for name, t in inputs.items()}
+    output = call(leaves)
+    gradients = torch.autograd.grad(output, [leaves[name] for name in case.differentiable], grad)
+    return [output.detach(), *gradients]
+
+
+def _run_watched(
+    case: Case, inputs: Inputs, grad: Tensor | None, target: Target, where: str
+) -> tuple[list[Tensor], list[KernelRun]]:
+    """Our results, after checking that two runs agree bit for bit and that nothing given was written to."""
+    given = {**inputs, **({} if grad is None else {"grad_output": grad})}
+    before = {name: _memory(t).clone() for name, t in given.items()}
+    with target.forced(), poisoned():
+        with record() as runs:
+            ours = _run(case, case.call, inputs, grad)
+        again = _run(case, case.call, inputs, grad)
+    for name, t in given.items():
+        if not policy.same_bits(_memory(t), before[name]):
+            raise PromiseError(f"{where}: {name} was written to")
+    for part, first, second in zip(case.parts, ours, again, strict=True):
+        if not policy.same_bits(first, second):
+            raise PromiseError(f"{where}: {part} differs between two runs on the same inputs")
+    return ours, runs
+
+
+def _memory(t: Tensor) -> Tensor:
+    """All the memory behind `t`, as bytes: the gaps between its elements included."""
+    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+
+
+def prove_ran(case: Case, target: Target, runs: Sequence[KernelRun], where: str) -> None:
+    """Raises PromiseError unless the kernels of `case`, and none elsewhere, ran on `target`."""
+    strays = sorted({str(run) for run in runs if (run.backend, run.isa) != (target.backend, target.isa)})
+    if strays:
+        raise PromiseError(f"{where}: ran elsewhere: {', '.join(strays)}")
+    if target.backend == "reference":
+        wanted = {f"{case.op}_fwd"}
+    else:
+        wanted = {case.forward_kernel, *([case.backward_kernel] if case.differentiable else [])}
+    lacking = wanted - {run.kernel for run in runs}
+    if lacking:
+        raise PromiseError(
+            f"{where}: {', '.join(sorted(lacking))} did not run; recorded: {sorted({r.kernel for r in runs})}"
+        )
