@@ -1,0 +1,76 @@
+"""The matrix: op x dtype x instruction set x layout x {forward, each gradient}, and that no cell of it is empty."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import fastnn
+from fastnn import _dispatch, _extension, testing
+from fastnn.testing import LAYOUTS, MATRIX_LAYOUTS, cases, matrix_cells, op_names, targets, unavailable
+
+OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
+RAN: set[testing.Cell] = set()  # filled as the cells really run
+
+
+def rows():
+    """(op, dtype, target, layout) for every one; those that this machine cannot run are skipped with the reason."""
+    reasons = unavailable()
+    for op in op_names():
+        for target in (*targets(), *reasons):
+            marks = [pytest.mark.skip(reason=reasons[target])] if target in reasons else []
+            for dtype in target.dtypes:
+                for layout in LAYOUTS:
+                    yield pytest.param(op, dtype, target, layout, id=f"{op}-{dtype}-{target}-{layout}", marks=marks)
+
+
+ROWS = list(rows())
+
+
+@pytest.mark.parametrize(("op", "dtype", "target", "layout"), ROWS)
+def test_cell(op, dtype, target, layout):
+    found = [case for case in cases(op) if case.layout == layout and not case.wide]
+    assert found, f"{op} has no case of layout {layout}"
+    for case in found:
+        RAN.update(testing.check(case, dtype, target).cells)
+
+
+def test_no_cell_is_empty(request):
+    selected = sum(item.name.startswith("test_cell[") for item in request.session.items)
+    if selected < len(ROWS):
+        pytest.skip(f"only {selected} of {len(ROWS)} rows of the matrix were selected")
+    wanted = {cell for op in op_names() for cell in matrix_cells(op, targets(), LAYOUTS)}
+    empty = defaultdict(list)
+    for cell in sorted(wanted - RAN, key=str):
+        empty[f"{cell.op}-{cell.layout}"].append(str(cell))
+    assert not empty, f"{sum(map(len, empty.values()))} of {len(wanted)} cells are empty: {dict(empty)}"
+
+
+def test_matrix_spans_what_was_promised():
+    """The axes come from the op list, the dispatcher and the extension, not from whatever cases there happen to be."""
+    assert list(op_names()) == sorted(re.findall(r"^FASTNN_OP\((\w+)\)", OPS_DEF.read_text(), re.MULTILINE))
+    assert set(MATRIX_LAYOUTS) >= {"contiguous", "strided", "expanded", "offset", "empty", "tail"}
+    assert set(testing.DTYPES.values()) == set(_dispatch.KERNEL_DTYPES)
+    if _extension._C is not None:
+        assert sorted(op_names()) == sorted(_extension._C.ops())
+        spanned = {target.isa for target in (*targets(), *unavailable()) if target.backend == "cpu"}
+        assert spanned == set(_extension._C.isa_compiled())
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_every_tensor_argument_has_its_gradient_checked(op):
+    parameters = inspect.signature(getattr(fastnn, op)).parameters.values()
+    tensors = {p.name for p in parameters if re.match(r"Tensor\b", str(p.annotation))}
+    assert {f"grad_{name}" for name in tensors} | {"forward"} == {part for case in cases(op) for part in case.parts}
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_every_layout_has_all_parts(op):
+    parts = {part for case in cases(op) for part in case.parts}
+    for layout in MATRIX_LAYOUTS:
+        covered = {part for case in cases(op) if case.layout == layout and not case.wide for part in case.parts}
+        assert covered == parts, f"{op}: layout {layout} lacks {sorted(parts - covered)}"

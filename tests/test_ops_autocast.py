@@ -1,0 +1,84 @@
+"""Under autocast the ops take and give the dtypes that torch's own take and give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastnn
+from fastnn import linear, log_softmax, softmax
+from fastnn.testing import assert_within_budget, policy
+
+HALVES = [torch.bfloat16, torch.float16]
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def operands(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 12), (7, 12), (7,))
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+def test_linear_dtypes(cast, given):
+    with torch.autocast("cpu", dtype=cast):
+        ours, theirs = linear(*operands(given), activation="gelu"), F.gelu(F.linear(*operands(given)))
+    assert ours.dtype == theirs.dtype
+    leaves = operands(given)
+    with torch.autocast("cpu", dtype=cast):
+        y = linear(*leaves, activation="gelu")
+    y.sum().backward()
+    assert {leaf.grad.dtype for leaf in leaves} == {given}
+
+
+@pytest.mark.parametrize("cast", HALVES)
+def test_linear_of_mixed_operands(cast):
+    x, w, b = operands(torch.float32)
+    with torch.autocast("cpu", dtype=cast):
+        ours = linear(x, w.detach().half(), b.detach().bfloat16())
+        assert ours.dtype == F.linear(x, w.detach().half(), b.detach().bfloat16()).dtype == cast
+
+
+@pytest.mark.parametrize("cast", HALVES)
+def test_linear_values(cast):
+    x, w, b = (t.detach() for t in operands(torch.float32))
+    with torch.autocast("cpu", dtype=cast):
+        ours, rival = linear(x, w, b, activation="silu"), F.silu(F.linear(x, w, b))
+    rounded = [t.to(cast).double() for t in (x, w, b)]
+    assert_within_budget(ours, F.silu(F.linear(*rounded)), rival, cast, policy.FORWARD_FACTOR)
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+@pytest.mark.parametrize("function", [softmax, log_softmax])
+def test_softmax_dtypes(function, given, cast):
+    theirs = getattr(torch, function.__name__)
+    x = torch.randn(3, 8).to(given).requires_grad_()
+    with torch.autocast("cpu", dtype=cast):
+        y = function(x, -1)
+        assert y.dtype == theirs(x, -1).dtype
+        assert function(x, -1, torch.float32).dtype == theirs(x, -1, dtype=torch.float32).dtype
+    y.sum().backward()
+    assert x.grad.dtype == given
+
+
+def test_disabled_autocast_changes_nothing():
+    leaves = operands(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        assert linear(*leaves).dtype == torch.float32
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layer(frozen):
+    layer = fastnn.nn.Linear(12, 7, activation="relu")
+    if frozen:
+        layer.freeze().eval()
+        with torch.no_grad():
+            layer(torch.randn(5, 12))  # packs in float32
+    x = torch.randn(5, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        ours, rival = layer(x), F.relu(F.linear(x, layer.weight, layer.bias))
+    rounded = [t.detach().bfloat16().double() for t in (x, layer.weight, layer.bias)]
+    assert_within_budget(ours, F.relu(F.linear(*rounded)), rival, torch.bfloat16, policy.FORWARD_FACTOR)

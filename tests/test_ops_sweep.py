@@ -1,0 +1,89 @@
+"""Every op over its sweep of sizes, grad_output in every memory layout, thread counts, independence of rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastnn import testing
+from fastnn.testing import best, cases, find_case, op_names, same_bits, targets
+from fastnn.testing.inputs import ARRANGE
+
+WIDE = [(op, case) for op in op_names() for case in cases(op) if case.wide]
+DTYPES = list(best().dtypes)
+
+
+def wide_id(value):
+    return f"{value[0]}-{value[1].name}" if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op_case", WIDE, ids=wide_id)
+def test_sweep(op_case, dtype):
+    testing.check(op_case[1], dtype, best())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", targets(), ids=str)
+@pytest.mark.parametrize("op_case", WIDE, ids=wide_id)
+def test_sweep_everywhere(op_case, target):
+    for dtype in target.dtypes:
+        for seed in (1, 2):
+            testing.check(op_case[1], dtype, target, seed=seed)
+
+
+@pytest.mark.parametrize("target", targets(), ids=str)
+@pytest.mark.parametrize("layout", sorted(ARRANGE))
+@pytest.mark.parametrize("op", op_names())
+def test_grad_output_in_any_memory_layout(op, layout, target):
+    for case in cases(op):
+        if case.layout in ("contiguous", "leading_dims") and case.differentiable and not case.wide:
+            for dtype in target.dtypes:
+                testing.check(case, dtype, target, grad_layout=layout)
+
+
+# Large enough that the kernels split the work; the shapes do not divide evenly among 2 or 3 threads.
+THREADED = [
+    ("linear", "wide_blocks"),
+    ("linear", "wide_m513"),
+    ("linear", "wide_columns"),
+    ("linear", "packed_wide_blocks"),
+    ("softmax", "wide_many_rows"),
+    ("softmax", "log_wide_inner_1000"),
+    ("softmax", "wide_40000"),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("op", "name"), THREADED)
+def test_thread_count(op, name, threads):
+    """Within the policy, and bitwise repeatable (which `check` demands), for each number of threads."""
+    torch.set_num_threads(threads)
+    try:
+        for dtype in DTYPES:
+            testing.check(find_case(op, name), dtype, best())
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("target", targets(), ids=str)
+@pytest.mark.parametrize(("op", "name", "argument"), [("linear", "gelu_bias", "input"), ("softmax", "rows", "input")])
+def test_rows_do_not_affect_each_other(op, name, argument, target):
+    case = find_case(op, name)
+    for dtype in target.dtypes:
+        inputs = case.inputs(testing.REFERENCE_DTYPES[dtype])
+        spoilt = {**inputs, argument: inputs[argument].clone()}
+        spoilt[argument][1:] = float("nan")
+        with target.forced(), testing.poisoned(), torch.no_grad():
+            clean, alone = case.call(inputs), case.call(spoilt)
+        assert same_bits(clean[0], alone[0]), f"{dtype} on {target}: the first row changed with the others"
+        assert alone[1:].isnan().all()
+
+
+@pytest.mark.parametrize("target", targets(), ids=str)
+@pytest.mark.parametrize("op", op_names())
+def test_result_is_contiguous(op, target):
+    for case in cases(op):
+        if not case.wide:
+            with target.forced(), torch.no_grad():
+                assert case.call(case.inputs(torch.float32)).is_contiguous(), case.name
