@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-import torch  # noqa: F401  (loads libtorch_cpu first)
+import torch
 
 _C: ModuleType | None
 missing: str
@@ -23,6 +23,10 @@ except ImportError as error:
         f"the compiled extension fastnn._C could not be imported ({error}). If python runs in the source folder, "
         "install the package there first (`pip install .` puts it elsewhere: `pip install --no-build-isolation -e .`)"
     )
+
+
+library = torch.library.Library("fastnn", "FRAGMENT") if _C is not None else None
+"""Where the fake (shape-only) kernels are registered; alive as long as the package."""
 
 
 def require() -> ModuleType:

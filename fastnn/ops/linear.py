@@ -34,6 +34,45 @@ if _extension._C is not None:
     _raw = torch.ops.fastnn
     _dispatch.register("linear", "cpu", _dispatch.Kernels(_raw.linear_fwd.default, _raw.linear_bwd.default))
 
+    @torch.library.register_fake("fastnn::linear_fwd", lib=_extension.library)
+    def _(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        save_pre: bool,
+        grad_handled: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*input.shape[:-1], weight.shape[0])
+        return input.new_empty(shape), input.new_empty(shape) if save_pre else None
+
+    @torch.library.register_fake("fastnn::linear_bwd", lib=_extension.library)
+    def _(
+        grad: Tensor,
+        input: Tensor | None,
+        weight: Tensor,
+        slope: Tensor | None,
+        activation: int,
+        input_shape: list[int],
+        mask: list[bool],
+        grad_handled: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dx = grad.new_empty(input_shape) if mask[0] else None
+        dw = weight.new_empty(weight.shape) if mask[1] else None
+        db = weight.new_empty((weight.shape[0],)) if mask[2] else None
+        return dx, dw, db
+
+    @torch.library.register_fake("fastnn::linear_packed_fwd", lib=_extension.library)
+    def _(
+        input: Tensor,
+        packed: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        activation: int,
+        grad_handled: bool = False,
+    ) -> Tensor:
+        return input.new_empty((*input.shape[:-1], out_features))
+
 
 def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(x W^T + b) in plain PyTorch."""

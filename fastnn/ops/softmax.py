@@ -14,6 +14,16 @@ if _extension._C is not None:
     _raw = torch.ops.fastnn
     _dispatch.register("softmax", "cpu", _dispatch.Kernels(_raw.softmax_fwd.default, _raw.softmax_bwd.default))
 
+    @torch.library.register_fake("fastnn::softmax_fwd", lib=_extension.library)
+    def _(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None, grad_handled: bool = False) -> Tensor:
+        return torch.empty(input.shape, dtype=dtype or input.dtype, device=input.device)
+
+    @torch.library.register_fake("fastnn::softmax_bwd", lib=_extension.library)
+    def _(
+        grad: Tensor, output: Tensor, dim: int, log: bool, input_dtype: torch.dtype, grad_handled: bool = False
+    ) -> Tensor:
+        return torch.empty(output.shape, dtype=input_dtype, device=output.device)
+
 
 def softmax_reference(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """exp(x - max) / sum(exp(x - max)) along `dim`, in plain PyTorch."""

@@ -1,0 +1,72 @@
+// fastnn._C: what Python asks the core. The operators themselves are reached through torch.ops.fastnn.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "bindings/tensor.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "cpu/parallel.h"
+#include "cpu/record.h"
+
+namespace py = pybind11;
+
+STABLE_TORCH_LIBRARY(fastnn, m) { (void)m; }  // opens the namespace; each binding adds its operators
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+
+FloatArray vector_math(const std::string& name, const FloatArray& x) {
+  static const char* const kNames[] = {"exp", "log", "tanh", "erf", "sigmoid"};
+  for (int f = 0; f < 5; ++f) {
+    if (name != kNames[f]) continue;
+    FloatArray y(x.size());
+    fastnn::kernels().vector_math(static_cast<fastnn::MathFunction>(f), x.data(), y.mutable_data(), x.size());
+    return y;
+  }
+  throw py::value_error("fastnn._C.vector_math: name must be exp, log, tanh, erf or sigmoid; got " + name);
+}
+
+std::vector<std::string> op_names() {
+  return {
+#define FASTNN_OP(name) #name,
+#include "ops.def"
+#undef FASTNN_OP
+  };
+}
+
+bool environment_flag(const char* name) {
+  const char* const value = std::getenv(name);
+  return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of fastnn.";
+  fastnn::plug_in_threads();
+  fastnn::set_poison(environment_flag("FASTNN_POISON"));
+  const char* const isa = std::getenv("FASTNN_ISA");
+  try {
+    fastnn::set_isa(isa == nullptr ? "" : isa);
+  } catch (const std::invalid_argument& error) {
+    throw py::import_error(std::string("FASTNN_ISA: ") + error.what());
+  }
+  m.def("isa", [] { return fastnn::kernels().isa; }, "Instruction set in force.");
+  m.def("isa_compiled", &fastnn::isa_compiled, "Instruction sets compiled in, in rising order.");
+  m.def("isa_supported", &fastnn::isa_supported, "Those of them that this CPU runs.");
+  m.def(
+      "set_isa", [](const std::optional<std::string>& name) { fastnn::set_isa(name.value_or("")); }, py::arg("name").none(true),
+      "Forces an instruction set; None takes the best. ValueError if unknown or not supported.");
+  m.def("threads", &fastnn::thread_count, "Threads the next kernel may use.");
+  m.def("record_start", &fastnn::record_start, "Starts logging kernel runs.");
+  m.def("record_stop", &fastnn::record_stop, "Stops; returns [(kernel, instruction set)].");
+  m.def("poison", &fastnn::poison, "Whether fresh memory is filled with NaN.");
+  m.def("set_poison", &fastnn::set_poison, py::arg("on"), "Fills fresh outputs and scratch with NaN from now on.");
+  m.def("ops", &op_names, "The ops of csrc/ops.def.");
+  m.def("vector_math", &vector_math, py::arg("name"), py::arg("x"), "A vector function over a float32 array.");
+}

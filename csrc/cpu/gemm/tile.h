@@ -1,0 +1,94 @@
+// The register tile: MR rows x NS strips of 16 columns, K units deep, sums in registers.
+#pragma once
+#include "cpu/gemm/units.h"
+
+namespace fastnn {
+namespace {
+
+constexpr int kVecsPerStrip = (int)kStrip / kLanes;
+// AVX-512: 8 x 48 is 24 sums + 3 of B + 1 of A in 32 registers; AVX2: 6 x 16 is 12 + 2 + 1 in 16. Any tile with that many
+// sums and at most 0.6 loads per FMA runs at the peak; more than 8 rows would share an L1 set at 4 KiB row strides.
+constexpr int kTileRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 2;
+
+// Strips for a tile of so many rows. One row takes one strip: a single forward stream is what the prefetcher likes best.
+constexpr int tile_strips(int rows) {
+  if (kLanes == 16) return rows == 1 ? 1 : rows <= 4 ? 4 : 3;
+  if (kLanes == 8) return rows == 1 ? 1 : rows <= 3 ? 2 : 1;
+  return 1;
+}
+constexpr int kMaxTileStrips = 4;
+
+FASTNN_INLINE float load_unit(const char* p) {
+  float unit;
+  std::memcpy(&unit, p, sizeof unit);
+  return unit;
+}
+
+// t (row stride ldt floats) = or += rows of A times strips of B.
+template <class Dot, int MR, int NS>
+__attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_bytes, int64_t unit_bytes, const float* b,
+                                    int64_t strip_floats, float* t, int64_t ldt, bool accumulate) {
+  constexpr int NV = NS * kVecsPerStrip;
+  Vec sums[MR][NV];
+  if (accumulate) {
+    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+      FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = load(t + i * ldt + v * kLanes);
+    }
+  } else {
+    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+      FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = zero();
+    }
+  }
+#pragma GCC unroll 2
+  for (int64_t u = 0; u < units; ++u) {
+    Vec column[NV];
+    FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
+      column[v] = load(b + v / kVecsPerStrip * strip_floats + v % kVecsPerStrip * kLanes);
+    }
+    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+      const Vec row = splat(load_unit(a + i * row_bytes));
+      FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = Dot::dot(sums[i][v], row, column[v]);
+    }
+    a += unit_bytes;
+    b += kStrip;
+  }
+  FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+    FASTNN_UNROLL for (int v = 0; v < NV; ++v) store(t + i * ldt + v * kLanes, sums[i][v]);
+  }
+}
+
+using TileFunction = void (*)(int64_t, const char*, int64_t, int64_t, const float*, int64_t, float*, int64_t, bool);
+
+template <class Dot, int MR, int NS>
+constexpr TileFunction tile_or_null() {
+  if constexpr (MR <= kTileRows && NS <= tile_strips(MR)) {
+    return tile<Dot, MR, NS>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <class Dot>
+struct Tiles {
+  template <int MR>
+  struct Row {
+    TileFunction by_strips[kMaxTileStrips] = {tile_or_null<Dot, MR, 1>(), tile_or_null<Dot, MR, 2>(),
+                                              tile_or_null<Dot, MR, 3>(), tile_or_null<Dot, MR, 4>()};
+  };
+  static TileFunction get(int64_t rows, int64_t strips) {
+    static constexpr Row<1> r1;
+    static constexpr Row<2> r2;
+    static constexpr Row<3> r3;
+    static constexpr Row<4> r4;
+    static constexpr Row<5> r5;
+    static constexpr Row<6> r6;
+    static constexpr Row<7> r7;
+    static constexpr Row<8> r8;
+    static constexpr const TileFunction* table[8] = {r1.by_strips, r2.by_strips, r3.by_strips, r4.by_strips,
+                                                     r5.by_strips, r6.by_strips, r7.by_strips, r8.by_strips};
+    return table[rows - 1][strips - 1];
+  }
+};
+
+}  // namespace
+}  // namespace fastnn

@@ -1,0 +1,58 @@
+// A unit is 4 bytes along K: one float32, or two neighbouring bfloat16. Packing, strips, tiles and loops are the same
+// code for both; only the dot instruction differs. Types without a dot instruction become float32 units when packed.
+#pragma once
+#include "cpu/gemm/params.h"
+#include "cpu/simd/vec.h"
+
+namespace fastnn {
+namespace {
+
+struct DotF32 {
+  static constexpr int kPerUnit = 1;
+  static FASTNN_INLINE Vec dot(Vec c, Vec a, Vec b) { return fma(a, b, c); }
+};
+struct DotBf16 {
+  static constexpr int kPerUnit = 2;
+  static FASTNN_INLINE Vec dot(Vec c, Vec a, Vec b) { return dot_bf16_pairs(c, a, b); }
+};
+
+FASTNN_INLINE int64_t units_of(int64_t K, int per_unit) { return (K + per_unit - 1) / per_unit; }
+
+// kLanes units from p on, elements of type T next to each other along K.
+template <class Dot, class T>
+FASTNN_INLINE Vec load_units(const T* p) {
+  if constexpr (Dot::kPerUnit == 1) {
+    return load(p);
+  } else {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+}
+// The same with only `elements` of them readable, 0 < elements < kLanes * kPerUnit; the others are zero.
+template <class Dot, class T>
+FASTNN_INLINE Vec load_units_first(const T* p, int64_t elements) {
+  if constexpr (Dot::kPerUnit == 1) {
+    return load_first(p, (int)elements, 0.f);
+  } else {
+    Vec v = zero();
+    std::memcpy(&v, p, (size_t)elements * sizeof(T));
+    return v;
+  }
+}
+// One unit from elements that are `stride` apart; what lies beyond `elements` counts as zero.
+template <class Dot, class T>
+FASTNN_INLINE float gather_unit(const T* p, int64_t stride, int64_t elements) {
+  if constexpr (Dot::kPerUnit == 1) {
+    return to_float(*p);
+  } else {
+    uint32_t bits = p->bits;
+    if (elements > 1) bits |= (uint32_t)p[stride].bits << 16;
+    float unit;
+    std::memcpy(&unit, &bits, sizeof unit);
+    return unit;
+  }
+}
+
+}  // namespace
+}  // namespace fastnn

@@ -1,0 +1,37 @@
+// What an instruction set supplies: one table of plain functions, all serial, none of which throws or allocates.
+// cpu/<op>.cpp splits the work over threads and calls them.
+#pragma once
+#include "cpu/gemm/params.h"
+#include "params/linear.h"
+#include "params/softmax.h"
+
+namespace fastnn {
+
+enum class MathFunction : int32_t { kExp, kLog, kTanh, kErf, kSigmoid };
+
+struct KernelTable {
+  const char* isa;  // as the compiler saw it (simd/vec.h)
+
+  // Slices [begin, end) of softmax_items(p); scratch: softmax_scratch_floats(p).
+  int64_t (*softmax_items)(int64_t outer, int64_t inner);
+  void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
+  void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
+
+  // Rows [m0, m1) and columns [n0, n1) of c; n0 a multiple of kStrip. scratch: gemm_scratch_floats(p).
+  void (*gemm)(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch);
+  int64_t (*gemm_scratch_floats)(const GemmParams& p);
+  // Floats of the packed copy of a K x N operand of this type, and strips [s0, s1) of it.
+  int64_t (*packed_floats)(int64_t N, int64_t K, DType dtype);
+  void (*pack)(const Matrix& b, int64_t N, int64_t K, int64_t s0, int64_t s1, float* out);
+
+  // dz of rows [begin, end) where dz is not null, and their column sums where sums is not null.
+  void (*linear_slope)(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz, float* sums);
+
+  // n elements of any type to float32 and back.
+  void (*to_float32)(const void* x, int64_t stride, DType dtype, int64_t n, float* y);
+  void (*from_float32)(const float* x, int64_t n, DType dtype, void* y);
+
+  void (*vector_math)(MathFunction f, const float* x, float* y, int64_t n);
+};
+
+}  // namespace fastnn

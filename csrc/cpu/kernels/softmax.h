@@ -1,0 +1,262 @@
+// Softmax and log-softmax. Three passes over a slice that is in cache after the first: maximum, exponentials and their
+// sum, result. All arithmetic in float32, whatever the storage type.
+//
+// inner == 1: a slice is a row, lanes run along it. inner > 1: lanes run across neighbouring slices, which needs no
+// operation across lanes; a work item is a group of kGroup * kLanes slices.
+#pragma once
+#include "cpu/simd/math.h"
+#include "params/softmax.h"
+
+namespace fastnn {
+namespace {
+
+constexpr int kGroup = 4;  // vectors per column group: 256 bytes of each line of slices
+// Rows up to this length keep their exponentials in a float32 buffer that stays in L2; longer ones compute them twice.
+constexpr int64_t kMaxBufferedCols = 65536;
+
+int64_t softmax_items(int64_t outer, int64_t inner) {
+  constexpr int64_t width = kGroup * kLanes;
+  return inner == 1 ? outer : outer * ((inner + width - 1) / width);
+}
+
+template <class T>
+FASTNN_INLINE float row_max(const T* x, int64_t n) {
+  const Vec lowest = splat(-__builtin_inff());
+  Vec m[4] = {lowest, lowest, lowest, lowest};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    FASTNN_UNROLL for (int k = 0; k < 4; ++k) m[k] = max(m[k], load(x + i + k * kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) m[0] = max(m[0], load(x + i));
+  if (i < n) m[1] = max(m[1], load_first(x + i, (int)(n - i), -__builtin_inff()));
+  return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+// Sum of e^(x - m) over a row; with kKeep the exponentials go to `kept`. A NaN anywhere, an infinite maximum or a row of
+// -inf make the sum NaN, and with it the whole row, as torch has it.
+template <bool kKeep, class T>
+FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
+  const Vec top = splat(m);
+  Vec s[2] = {zero(), zero()};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    FASTNN_UNROLL for (int k = 0; k < 2; ++k) {
+      const Vec e = exp(load(x + i + k * kLanes) - top);
+      if constexpr (kKeep) store(kept + i + k * kLanes, e);
+      s[k] += e;
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? (int)(n - i) : kLanes;
+    const Vec x_left = left == kLanes ? load(x + i) : load_first(x + i, left, 0.f);
+    Vec e = exp(x_left - top);
+    if (left == kLanes) {
+      if constexpr (kKeep) store(kept + i, e);
+    } else {
+      if constexpr (kKeep) store_first(kept + i, e, left);
+      e = keep_first(e, left);
+    }
+    s[0] += e;
+  }
+  return sum_lanes(s[0] + s[1]);
+}
+
+// y[i] = f(x[i]) over a row.
+template <class TX, class TY, class F>
+FASTNN_INLINE void row_map(const TX* x, TY* y, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Vec a = f(load(x + i)), b = f(load(x + i + kLanes));
+    store(y + i, a);
+    store(y + i + kLanes, b);
+  }
+  for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(x + i)));
+  if (i < n) store_first(y + i, f(load_first(x + i, (int)(n - i), 0.f)), (int)(n - i));
+}
+
+template <class TX, class TY>
+FASTNN_INLINE void softmax_row(const TX* x, TY* y, int64_t n, bool log, float* scratch) {
+  const float m = row_max(x, n);
+  const Vec top = splat(m);
+  if (log) {
+    // (x - m) - log(sum), not x - (m + log(sum)): the latter loses what distinguishes large inputs.
+    const Vec shift = fastnn::log(splat(row_exp_sum<false>(x, m, scratch, n)));
+    row_map(x, y, n, [=](Vec v) __attribute__((always_inline)) { return (v - top) - shift; });
+  } else if (sizeof(TY) == 4) {
+    float* const kept = reinterpret_cast<float*>(y);
+    const Vec scale = splat(1.f / row_exp_sum<true>(x, m, kept, n));
+    row_map(kept, kept, n, [=](Vec e) __attribute__((always_inline)) { return e * scale; });
+  } else if (n <= kMaxBufferedCols) {
+    const Vec scale = splat(1.f / row_exp_sum<true>(x, m, scratch, n));
+    row_map(scratch, y, n, [=](Vec e) __attribute__((always_inline)) { return e * scale; });
+  } else {
+    const Vec scale = splat(1.f / row_exp_sum<false>(x, m, scratch, n));
+    row_map(x, y, n, [=](Vec v) __attribute__((always_inline)) { return exp(v - top) * scale; });
+  }
+}
+
+// Up to kGroup vectors of neighbouring slices, the last one with `tail` lanes (kLanes: whole).
+template <int V>
+struct Columns {
+  int tail;
+  template <class T>
+  FASTNN_INLINE Vec at(const T* p, int v) const {
+    return v < V - 1 || tail == kLanes ? load(p + v * kLanes) : load_first(p + v * kLanes, tail, 0.f);
+  }
+  template <class T>
+  FASTNN_INLINE void put(T* p, int v, Vec x) const {
+    if (v < V - 1 || tail == kLanes) {
+      store(p + v * kLanes, x);
+    } else {
+      store_first(p + v * kLanes, x, tail);
+    }
+  }
+};
+
+template <int V, class TX, class TY>
+FASTNN_INLINE void softmax_columns(const TX* x, TY* y, int64_t n, int64_t inner, Columns<V> columns, bool log) {
+  Vec m[V], s[V];
+  FASTNN_UNROLL for (int v = 0; v < V; ++v) {
+    m[v] = splat(-__builtin_inff());
+    s[v] = zero();
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    FASTNN_UNROLL for (int v = 0; v < V; ++v) m[v] = max(m[v], columns.at(x + i * inner, v));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    FASTNN_UNROLL for (int v = 0; v < V; ++v) s[v] += exp(columns.at(x + i * inner, v) - m[v]);
+  }
+  FASTNN_UNROLL for (int v = 0; v < V; ++v) s[v] = log ? fastnn::log(s[v]) : 1.f / s[v];
+  for (int64_t i = 0; i < n; ++i) {
+    FASTNN_UNROLL for (int v = 0; v < V; ++v) {
+      const Vec shifted = columns.at(x + i * inner, v) - m[v];
+      columns.put(y + i * inner, v, log ? shifted - s[v] : exp(shifted) * s[v]);
+    }
+  }
+}
+
+// Calls f(Columns<V>, offset of the group's first slice in the tensor) for item `item` of softmax_items.
+template <class F>
+FASTNN_INLINE void with_columns(int64_t item, int64_t cols, int64_t inner, F f) {
+  constexpr int64_t width = kGroup * kLanes;
+  const int64_t groups = (inner + width - 1) / width;
+  const int64_t first = item % groups * width;
+  int64_t offset = item / groups * cols * inner + first;
+  int64_t left = inner - first < width ? inner - first : width;
+  if (left > kLanes * (kGroup - 1)) {
+    f(Columns<kGroup>{(int)(left - kLanes * (kGroup - 1))}, offset);
+    return;
+  }
+  for (; left > 0; left -= kLanes, offset += kLanes) {
+    f(Columns<1>{(int)(left < kLanes ? left : kLanes)}, offset);
+  }
+}
+
+template <class TX, class TY>
+void softmax_fwd_typed(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch) {
+  const TX* const x = static_cast<const TX*>(p.x);
+  TY* const y = static_cast<TY*>(p.y);
+  if (p.inner == 1) {
+    for (int64_t r = begin; r < end; ++r) softmax_row(x + r * p.x_row_stride, y + r * p.cols, p.cols, p.log, scratch);
+    return;
+  }
+  for (int64_t item = begin; item < end; ++item) {
+    with_columns(item, p.cols, p.inner, [&](auto columns, int64_t offset) __attribute__((always_inline)) {
+      softmax_columns(x + offset, y + offset, p.cols, p.inner, columns, p.log);
+    });
+  }
+}
+
+// The types of a pair: equal, or half precision on one side and float32 on the other.
+template <class F>
+FASTNN_INLINE void with_type_pair(DType half_side, DType other, F f) {
+  with_type(half_side, [&](auto a) __attribute__((always_inline)) {
+    if (other == half_side) {
+      f(a, a);
+    } else {
+      f(a, float{});
+    }
+  });
+}
+
+void softmax_fwd(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch) {
+  with_type_pair(p.x_dtype, p.y_dtype, [&](auto x, auto y) {
+    softmax_fwd_typed<decltype(x), decltype(y)>(p, begin, end, scratch);
+  });
+}
+
+// dx = y (dy - sum(dy y)) or, of the logarithm, dx = dy - e^y sum(dy).
+FASTNN_INLINE Vec softmax_slope(Vec dy, Vec y, Vec sum, bool log) {
+  return log ? dy - exp(y) * sum : (dy - sum) * y;
+}
+
+template <class TY, class TX>
+FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n, bool log) {
+  Vec s[4] = {zero(), zero(), zero(), zero()};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    FASTNN_UNROLL for (int k = 0; k < 4; ++k) {
+      const Vec g = load(dy + i + k * kLanes);
+      s[k] = log ? s[k] + g : fma(g, load(y + i + k * kLanes), s[k]);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? (int)(n - i) : kLanes;
+    const Vec g = left == kLanes ? load(dy + i) : load_first(dy + i, left, 0.f);
+    const Vec w = left == kLanes ? load(y + i) : load_first(y + i, left, 0.f);
+    s[0] = log ? s[0] + g : fma(g, w, s[0]);
+  }
+  const Vec sum = splat(sum_lanes((s[0] + s[1]) + (s[2] + s[3])));
+  for (i = 0; i + kLanes <= n; i += kLanes) store(dx + i, softmax_slope(load(dy + i), load(y + i), sum, log));
+  if (i < n) {
+    const int left = (int)(n - i);
+    const Vec g = load_first(dy + i, left, 0.f), w = load_first(y + i, left, 0.f);
+    store_first(dx + i, softmax_slope(g, w, sum, log), left);
+  }
+}
+
+template <int V, class TY, class TX>
+FASTNN_INLINE void softmax_bwd_columns(const TY* dy, const TY* y, TX* dx, int64_t n, int64_t inner, Columns<V> columns,
+                                       bool log) {
+  Vec s[V];
+  FASTNN_UNROLL for (int v = 0; v < V; ++v) s[v] = zero();
+  for (int64_t i = 0; i < n; ++i) {
+    FASTNN_UNROLL for (int v = 0; v < V; ++v) {
+      const Vec g = columns.at(dy + i * inner, v);
+      s[v] = log ? s[v] + g : fma(g, columns.at(y + i * inner, v), s[v]);
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    FASTNN_UNROLL for (int v = 0; v < V; ++v) {
+      const Vec g = columns.at(dy + i * inner, v), w = columns.at(y + i * inner, v);
+      columns.put(dx + i * inner, v, softmax_slope(g, w, s[v], log));
+    }
+  }
+}
+
+template <class TY, class TX>
+void softmax_bwd_typed(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
+  const TY* const dy = static_cast<const TY*>(p.dy);
+  const TY* const y = static_cast<const TY*>(p.y);
+  TX* const dx = static_cast<TX*>(p.dx);
+  if (p.inner == 1) {
+    for (int64_t r = begin; r < end; ++r) {
+      softmax_bwd_row(dy + r * p.dy_row_stride, y + r * p.cols, dx + r * p.cols, p.cols, p.log);
+    }
+    return;
+  }
+  for (int64_t item = begin; item < end; ++item) {
+    with_columns(item, p.cols, p.inner, [&](auto columns, int64_t offset) __attribute__((always_inline)) {
+      softmax_bwd_columns(dy + offset, y + offset, dx + offset, p.cols, p.inner, columns, p.log);
+    });
+  }
+}
+
+void softmax_bwd(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
+  with_type_pair(p.dx_dtype, p.y_dtype, [&](auto dx, auto y) {
+    softmax_bwd_typed<decltype(y), decltype(dx)>(p, begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace fastnn

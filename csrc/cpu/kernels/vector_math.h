@@ -1,0 +1,32 @@
+// The vector functions over an array: what the accuracy tests call.
+#pragma once
+#include "cpu/kernel_table.h"
+#include "cpu/simd/math.h"
+
+namespace fastnn {
+namespace {
+
+template <class F>
+FASTNN_INLINE void map_array(const float* x, float* y, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(x + i)));
+  if (i < n) store_first(y + i, f(load_first(x + i, (int)(n - i), 0.f)), (int)(n - i));
+}
+
+void vector_math(MathFunction function, const float* x, float* y, int64_t n) {
+  switch (function) {
+    case MathFunction::kExp:
+      return map_array(x, y, n, [](Vec v) { return exp(v); });
+    case MathFunction::kLog:
+      return map_array(x, y, n, [](Vec v) { return log(v); });
+    case MathFunction::kTanh:
+      return map_array(x, y, n, [](Vec v) { return tanh(v); });
+    case MathFunction::kErf:
+      return map_array(x, y, n, [](Vec v) { return erf(v); });
+    case MathFunction::kSigmoid:
+      return map_array(x, y, n, [](Vec v) { return sigmoid(v); });
+  }
+}
+
+}  // namespace
+}  // namespace fastnn

@@ -1,0 +1,74 @@
+#include "cpu/memory.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace fastnn {
+namespace {
+
+constexpr int64_t kHugePage = int64_t{2} << 20;
+std::atomic<bool> g_poison{false};
+
+void advise_huge(void* p, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto first = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto last = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
+void* allocate(int64_t bytes) {
+  const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* p = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(rounded));
+  if (p == nullptr) throw std::bad_alloc();
+  if (bytes >= kHugePage) advise_huge(p, rounded);
+  return p;
+}
+
+struct Kept {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  ~Kept() { std::free(data); }
+};
+thread_local Kept t_kept;
+
+}  // namespace
+
+void set_poison(bool on) { g_poison.store(on, std::memory_order_relaxed); }
+bool poison() { return g_poison.load(std::memory_order_relaxed); }
+
+void prepare_output(void* p, int64_t bytes) {
+  if (bytes > kHugeAdviceBytes) advise_huge(p, bytes);
+  if (poison()) std::memset(p, 0xff, static_cast<size_t>(bytes));
+}
+
+Scratch::Scratch(int64_t bytes) : data_(nullptr), bytes_(bytes > 0 ? bytes : 1) {
+  if (t_kept.data != nullptr && t_kept.bytes >= bytes_) {
+    data_ = t_kept.data;
+    bytes_ = t_kept.bytes;
+    t_kept = Kept{};
+  } else {
+    data_ = allocate(bytes_);
+  }
+  if (poison()) std::memset(data_, 0xff, static_cast<size_t>(bytes_));
+}
+
+Scratch::~Scratch() {
+  if (bytes_ <= kKeptScratchBytes && bytes_ > t_kept.bytes) {
+    std::free(t_kept.data);
+    t_kept.data = data_;
+    t_kept.bytes = bytes_;
+  } else {
+    std::free(data_);
+  }
+}
+
+}  // namespace fastnn

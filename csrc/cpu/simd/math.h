@@ -1,0 +1,108 @@
+// exp, log, tanh, erf, sigmoid on vectors, over the whole float32 range, NaN and infinities included.
+//
+// Coefficients are minimax fits (iteratively reweighted least squares in 40-digit arithmetic, rounded to float32); the
+// error of each fit stands beside it. The largest errors measured against float64, in ulp, are stated in
+// fastnn/testing/policy.py and tested per instruction set (tests/test_vector_math.py).
+#pragma once
+#include "cpu/simd/vec.h"
+
+namespace fastnn {
+namespace {
+
+// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2) / 2; e^r = 1 + r + r^2 q(r), fit 3.1e-9 relative.
+FASTNN_INLINE Vec exp(Vec x) {
+  // Outside, e^x rounds to 0 or to infinity anyway, and n stays within what scale_by_power takes. NaN passes.
+  x = min(splat(89.f), max(splat(-104.f), x));
+  const Vec n = round_even(x * 1.44269504f);
+  // ln 2 in two parts, the first with 12 trailing zero bits so that n times it is exact.
+  Vec r = fma(n, splat(-0x1.62ep-1f), x);
+  r = fma(n, splat(-0x1.0bfbe8p-15f), r);
+  Vec q = fma(splat(0x1.6a2448p-10f), r, splat(0x1.1239d4p-7f));
+  q = fma(q, r, splat(0x1.5558f2p-5f));
+  q = fma(q, r, splat(0x1.555492p-3f));
+  q = fma(q, r, splat(0x1.fffffcp-2f));
+  return scale_by_power(fma(r * r, q, r) + 1.f, n);
+}
+
+// ln x = e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2/2 + f^3 q(f), fit 7.5e-10 relative.
+FASTNN_INLINE Vec log(Vec x) {
+  const IVec tiny = as_int(x) < splat_int(0x00800000);  // subnormal, zero or negative
+  const Vec scaled = select(tiny, x * 0x1p24f, x);
+  const IVec bits = as_int(scaled);
+  const IVec exponent = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2) and up count to the next power
+  const Vec m = as_float(bits - (exponent << 23));
+  const Vec e = __builtin_convertvector(exponent, Vec) - select(tiny, splat(24.f), zero());
+  const Vec f = m - 1.f;
+  Vec q = fma(splat(0.067466013f), f, splat(-0.116756409f));
+  q = fma(q, f, splat(0.118881747f));
+  q = fma(q, f, splat(-0.124055915f));
+  q = fma(q, f, splat(0.142195508f));
+  q = fma(q, f, splat(-0.166679963f));
+  q = fma(q, f, splat(0.200021192f));
+  q = fma(q, f, splat(-0.250000089f));
+  q = fma(q, f, splat(0.333333135f));
+  const Vec f2 = f * f;
+  Vec low = fma(f2 * f, q, e * 1.42860677e-6f);
+  low = fma(splat(-0.5f), f2, low);
+  Vec y = fma(e, splat(0.693145752f), low + f);
+  y = select(x == splat(__builtin_inff()), x, y);
+  y = select(x == zero(), splat(-__builtin_inff()), y);
+  return select(x < zero(), splat(__builtin_nanf("")), select(x != x, x, y));
+}
+
+// tanh x = x + x^3 q(x^2) below 0.55 (fit 1.0e-9 relative), 1 - 2 / (e^(2|x|) + 1) above; 1 from 9.1 on.
+FASTNN_INLINE Vec tanh(Vec x) {
+  const Vec t = abs(x);
+  const Vec s = x * x;
+  Vec q = fma(splat(-0.0062742331f), s, splat(0.0210716743f));
+  q = fma(q, s, splat(-0.0538523085f));
+  q = fma(q, s, splat(0.13332586f));
+  q = fma(q, s, splat(-0.333333164f));
+  const Vec small = fma(x * s, q, x);
+  const Vec large = fma(splat(-2.f), reciprocal(exp(min(splat(9.1f), t) * 2.f) + 1.f), splat(1.f));
+  const Vec y = select(t < splat(0.55f), small, copysign(large, x));
+  return select(x != x, x, y);
+}
+
+// 1 / (1 + e^-x), from e^-|x| so that nothing overflows and small results keep their digits.
+FASTNN_INLINE Vec sigmoid(Vec x) {
+  const Vec z = exp(-abs(x));
+  return select(x >= zero(), splat(1.f), z) * reciprocal(z + 1.f);
+}
+
+// erf x = x + x q(x^2) below 0.9 (fit 6.1e-10 relative on [0, 0.95]); 1 - e^-g(x) up to 4 (fit 1.7e-9 relative), 1 above.
+FASTNN_INLINE Vec erf(Vec x) {
+  const Vec s = x * x;
+  Vec q = fma(splat(8.1850907e-05f), s, splat(-0.00080977025f));
+  q = fma(q, s, splat(0.00519695180f));
+  q = fma(q, s, splat(-0.0268577058f));
+  q = fma(q, s, splat(0.112836637f));
+  q = fma(q, s, splat(-0.376126319f));
+  q = fma(q, s, splat(0.128379166f));
+  const Vec small = fma(x, q, x);
+  const Vec t = min(splat(4.f), abs(x));
+  Vec g = fma(splat(-0.000198220704f), t, splat(0.0030654997f));
+  g = fma(g, t, splat(-0.0223152488f));
+  g = fma(g, t, splat(0.104113743f));
+  g = fma(g, t, splat(0.636976004f));
+  g = fma(g, t, splat(1.12779725f));
+  g = fma(g, t, splat(0.000166439087f));
+  const Vec large = copysign(1.f - exp(-g), x);
+  return select(abs(x) < splat(0.9f), small, select(x != x, x, large));
+}
+
+// erfc x for x >= 0 within 3e-8 absolute: e^(-x q(x)), fitted on [0, 4.5] and still falling beyond. Half the work of
+// erf: enough for GELU, where it is added to numbers near 1.
+FASTNN_INLINE Vec erfc_absolute(Vec x) {
+  Vec q = fma(splat(3.14401842e-05f), x, splat(-0.000308802177f));
+  q = fma(q, x, splat(0.00103240110f));
+  q = fma(q, x, splat(0.000536934880f));
+  q = fma(q, x, splat(-0.0195839640f));
+  q = fma(q, x, splat(0.102919616f));
+  q = fma(q, x, splat(0.636597753f));
+  q = fma(q, x, splat(1.12838030f));
+  return exp(-(x * q));
+}
+
+}  // namespace
+}  // namespace fastnn
