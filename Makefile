@@ -27,7 +27,7 @@ endif
 PIP := $(ENV) $(PY) -m pip --disable-pip-version-check -qq install
 say = @printf '\033[1m==\033[0m %s\n' "$(1)"
 
-CPP_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' \) 2>/dev/null | LC_ALL=C sort)
+CPP_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null | LC_ALL=C sort)
 BUILD_INPUTS := CMakeLists.txt pyproject.toml tools/build_backend.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
 .PHONY: demo test test-slow rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
