@@ -24,10 +24,10 @@ bool all_nan(const void* p, int64_t floats) {
 TEST(poison_fills_outputs_and_scratch) {
   CHECK(!poison(), "off unless asked for");
   float output[37] = {};
-  prepare_output(output, sizeof output);
+  prepare_output(output, sizeof output, kHugeOutputBytes);
   CHECK(output[0] == 0.f && output[36] == 0.f, "without poison nothing is written");
   set_poison(true);
-  prepare_output(output, sizeof output);
+  prepare_output(output, sizeof output, kHugeOutputBytes);
   CHECK(all_nan(output, 37), "output");
   for (int round = 0; round < 2; ++round) {  // fresh memory, then the thread's kept buffer
     const Scratch scratch(1000 * 4);
