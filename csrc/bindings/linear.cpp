@@ -9,24 +9,27 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 Activation checked_activation(int64_t code, const char* op) {
-  FASTNN_CHECK(code >= 0 && code < kActivationCount, ValueError, "fastnn::", op, ": activation must be a code in [0, ",
-               kActivationCount - 1, "], got ", code);
+  FASTNN_CHECK(code >= 0 && code < kActivationCount, ValueError, "fastnn::", op,
+               ": activation must be a code in [0, ", kActivationCount - 1, "], got ", code);
   return static_cast<Activation>(code);
 }
 
 void check_same_dtype(DType got, DType wanted, const char* op, const char* argument) {
-  FASTNN_CHECK(got == wanted, TypeError, "fastnn::", op, ": ", argument, " must have the input's type ",
-               dtype_name(scalar_type(wanted)), ", got ", dtype_name(scalar_type(got)));
+  FASTNN_CHECK(got == wanted, TypeError, "fastnn::", op, ": ", argument,
+               " must have the input's type ", dtype_name(scalar_type(wanted)), ", got ",
+               dtype_name(scalar_type(got)));
 }
 
-// A 2-d weight as a matrix with positive or zero strides; sizes of one get the stride that lets it be read in place.
+// A 2-d weight as a matrix with positive or zero strides; sizes of one get the stride that lets it
+// be read in place.
 Matrix weight_matrix(const Tensor& w, DType dtype) {
-  return {w.const_data_ptr(), w.size(0) == 1 ? w.size(1) : w.stride(0), w.size(1) == 1 ? 1 : w.stride(1), dtype};
+  return {w.const_data_ptr(), w.size(0) == 1 ? w.size(1) : w.stride(0),
+          w.size(1) == 1 ? 1 : w.stride(1), dtype};
 }
 
 void check_weight(const Tensor& weight, const char* op) {
-  FASTNN_CHECK(weight.dim() == 2, ValueError, "fastnn::", op, ": weight must be (out_features, in_features), got shape ",
-               shape_of(weight));
+  FASTNN_CHECK(weight.dim() == 2, ValueError, "fastnn::", op,
+               ": weight must be (out_features, in_features), got shape ", shape_of(weight));
 }
 
 std::vector<int64_t> output_sizes(std::vector<int64_t> input_sizes, int64_t out_features) {
@@ -35,15 +38,16 @@ std::vector<int64_t> output_sizes(std::vector<int64_t> input_sizes, int64_t out_
 }
 
 void check_input(const Tensor& input, int64_t in_features, const char* op) {
-  FASTNN_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == in_features, ValueError, "fastnn::", op,
-               ": input's last dimension must be in_features = ", in_features, ", got shape ", shape_of(input));
+  FASTNN_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == in_features, ValueError,
+               "fastnn::", op, ": input's last dimension must be in_features = ", in_features,
+               ", got shape ", shape_of(input));
 }
 
 void set_bias(LinearParams& p, const OptionalTensor& bias, const char* op) {
   if (!bias) return;
   check_same_dtype(checked_dtype(*bias, op, "bias"), p.x.dtype, op, "bias");
-  FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == p.N, ValueError, "fastnn::", op, ": bias must have shape (", p.N,
-               ",), got ", shape_of(*bias));
+  FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == p.N, ValueError, "fastnn::", op,
+               ": bias must have shape (", p.N, ",), got ", shape_of(*bias));
   p.bias = bias->const_data_ptr();
   p.bias_stride = bias->stride(0);
 }
@@ -55,8 +59,9 @@ void set_input(LinearParams& p, const Tensor& input, DType dtype, Tensor& holder
   p.x = {rows.data, rows.row_stride, rows.column_stride, dtype};
 }
 
-std::tuple<Tensor, OptionalTensor> fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                       int64_t activation, bool save_pre, bool grad_handled) {
+std::tuple<Tensor, OptionalTensor> fwd(const Tensor& input, const Tensor& weight,
+                                       const OptionalTensor& bias, int64_t activation,
+                                       bool save_pre, bool grad_handled) {
   constexpr auto op = "linear_fwd";
   check_grad_handled(grad_handled, op);
   const DType dtype = checked_dtype(input, op, "input");
@@ -84,25 +89,29 @@ Tensor pack(const Tensor& weight) {
   const DType dtype = checked_dtype(weight, "linear_pack", "weight");
   check_weight(weight, "linear_pack");
   const int64_t N = weight.size(0), K = weight.size(1);
-  Tensor packed = new_output({linear_packed_bytes(N, K, dtype) / 4}, DType::kFloat32);
+  Tensor packed =
+      new_output({linear_packed_bytes(N, K, dtype) / 4}, DType::kFloat32, kHugeKeptBytes);
   linear_pack(weight_matrix(weight, dtype), N, K, packed.mutable_data_ptr());
   return packed;
 }
 
-Tensor packed_fwd(const Tensor& input, const Tensor& packed, const OptionalTensor& bias, int64_t out_features,
-                  int64_t activation, bool grad_handled) {
+Tensor packed_fwd(const Tensor& input, const Tensor& packed, const OptionalTensor& bias,
+                  int64_t out_features, int64_t activation, bool grad_handled) {
   constexpr auto op = "linear_packed_fwd";
   check_grad_handled(grad_handled, op);
   const DType dtype = checked_dtype(input, op, "input");
-  FASTNN_CHECK(input.dim() >= 1, ValueError, "fastnn::", op, ": input must have at least one dimension");
-  FASTNN_CHECK(out_features >= 0, ValueError, "fastnn::", op, ": out_features must not be negative, got ", out_features);
+  FASTNN_CHECK(input.dim() >= 1, ValueError, "fastnn::", op,
+               ": input must have at least one dimension");
+  FASTNN_CHECK(out_features >= 0, ValueError, "fastnn::", op,
+               ": out_features must not be negative, got ", out_features);
   const int64_t in_features = input.size(input.dim() - 1);
   FASTNN_CHECK(checked_dtype(packed, op, "packed") == DType::kFloat32 && packed.is_contiguous() &&
                    packed.numel() * 4 == linear_packed_bytes(out_features, in_features, dtype),
-               ValueError, "fastnn::", op, ": packed must be what linear_pack gives for a ", dtype_name(input.scalar_type()),
-               " weight of shape (", out_features, ", ", in_features, ") on the instruction set in force, ",
-               linear_packed_bytes(out_features, in_features, dtype) / 4, " contiguous float32 values; got shape ",
-               shape_of(packed));
+               ValueError, "fastnn::", op, ": packed must be what linear_pack gives for a ",
+               dtype_name(input.scalar_type()), " weight of shape (", out_features, ", ",
+               in_features, ") on the instruction set in force, ",
+               linear_packed_bytes(out_features, in_features, dtype) / 4,
+               " contiguous float32 values; got shape ", shape_of(packed));
   LinearParams p = {};
   p.N = out_features;
   p.packed = packed.const_data_ptr();
@@ -116,13 +125,14 @@ Tensor packed_fwd(const Tensor& input, const Tensor& packed, const OptionalTenso
   return output;
 }
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(const Tensor& grad, const OptionalTensor& input,
-                                                               const Tensor& weight, const OptionalTensor& slope,
-                                                               int64_t activation, std::vector<int64_t> input_shape,
-                                                               std::vector<bool> mask, bool grad_handled) {
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
+    const Tensor& grad, const OptionalTensor& input, const Tensor& weight,
+    const OptionalTensor& slope, int64_t activation, std::vector<int64_t> input_shape,
+    std::vector<bool> mask, bool grad_handled) {
   constexpr auto op = "linear_bwd";
   check_grad_handled(grad_handled, op);
-  FASTNN_CHECK(mask.size() == 3, ValueError, "fastnn::", op, ": mask must have 3 entries, got ", mask.size());
+  FASTNN_CHECK(mask.size() == 3, ValueError, "fastnn::", op, ": mask must have 3 entries, got ",
+               mask.size());
   const DType dtype = checked_dtype(grad, op, "grad");
   check_same_dtype(checked_dtype(weight, op, "weight"), dtype, op, "weight");
   check_weight(weight, op);
@@ -130,10 +140,12 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(const Tensor& gra
   p.N = weight.size(0);
   p.K = weight.size(1);
   FASTNN_CHECK(!input_shape.empty() && input_shape.back() == p.K, ValueError, "fastnn::", op,
-               ": input_shape must end with in_features = ", p.K, ", got ", shape_text(input_shape));
+               ": input_shape must end with in_features = ", p.K, ", got ",
+               shape_text(input_shape));
   const auto grad_shape = output_sizes(input_shape, p.N);
-  FASTNN_CHECK(sizes_of(grad) == grad_shape, ValueError, "fastnn::", op, ": grad must have the output's shape ",
-               shape_text(grad_shape), ", got ", shape_of(grad));
+  FASTNN_CHECK(sizes_of(grad) == grad_shape, ValueError, "fastnn::", op,
+               ": grad must have the output's shape ", shape_text(grad_shape), ", got ",
+               shape_of(grad));
   p.activation = checked_activation(activation, op);
   Tensor grad_holder, input_holder, slope_holder;
   const Rows dy = rows_of(grad, grad_holder);
@@ -142,15 +154,17 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(const Tensor& gra
   p.w = weight_matrix(weight, dtype);
   if (p.activation != Activation::kNone) {
     FASTNN_CHECK(slope && sizes_of(*slope) == grad_shape, ValueError, "fastnn::", op,
-                 ": slope must have the output's shape ", shape_text(grad_shape), ", got ", slope ? shape_of(*slope) : "None");
+                 ": slope must have the output's shape ", shape_text(grad_shape), ", got ",
+                 slope ? shape_of(*slope) : "None");
     check_same_dtype(checked_dtype(*slope, op, "slope"), dtype, op, "slope");
     slope_holder = slope->is_contiguous() ? *slope : torch::stable::contiguous(*slope);
     p.slope = slope_holder.const_data_ptr();
   }
   OptionalTensor dx, dw, db;
   if (mask[1]) {
-    FASTNN_CHECK(input && sizes_of(*input) == input_shape, ValueError, "fastnn::", op, ": input must have input_shape ",
-                 shape_text(input_shape), " for the gradient of the weight, got ", input ? shape_of(*input) : "None");
+    FASTNN_CHECK(input && sizes_of(*input) == input_shape, ValueError, "fastnn::", op,
+                 ": input must have input_shape ", shape_text(input_shape),
+                 " for the gradient of the weight, got ", input ? shape_of(*input) : "None");
     check_same_dtype(checked_dtype(*input, op, "input"), dtype, op, "input");
     const Rows x = rows_of(*input, input_holder);
     p.x = {x.data, x.row_stride, x.column_stride, dtype};
@@ -174,14 +188,17 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(const Tensor& gra
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
   m.def(
-      "linear_fwd(Tensor input, Tensor weight, Tensor? bias, int activation, bool save_pre, bool grad_handled=False) "
+      "linear_fwd(Tensor input, Tensor weight, Tensor? bias, int activation, bool save_pre, bool "
+      "grad_handled=False) "
       "-> (Tensor, Tensor?)");
   m.def(
-      "linear_bwd(Tensor grad, Tensor? input, Tensor weight, Tensor? slope, int activation, SymInt[] input_shape, "
+      "linear_bwd(Tensor grad, Tensor? input, Tensor weight, Tensor? slope, int activation, "
+      "SymInt[] input_shape, "
       "bool[3] mask, bool grad_handled=False) -> (Tensor?, Tensor?, Tensor?)");
   m.def("linear_pack(Tensor weight) -> Tensor");
   m.def(
-      "linear_packed_fwd(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, int activation, "
+      "linear_packed_fwd(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, int "
+      "activation, "
       "bool grad_handled=False) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {

@@ -1,4 +1,5 @@
-// fastnn._C: what Python asks the core. The operators themselves are reached through torch.ops.fastnn.
+// fastnn._C: what Python asks the core. The operators themselves are reached through
+// torch.ops.fastnn.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,7 +15,9 @@
 
 namespace py = pybind11;
 
-STABLE_TORCH_LIBRARY(fastnn, m) { (void)m; }  // opens the namespace; each binding adds its operators
+STABLE_TORCH_LIBRARY(fastnn, m) {
+  (void)m;
+}  // opens the namespace; each binding adds its operators
 
 namespace {
 
@@ -25,10 +28,12 @@ FloatArray vector_math(const std::string& name, const FloatArray& x) {
   for (int f = 0; f < 5; ++f) {
     if (name != kNames[f]) continue;
     FloatArray y(x.size());
-    fastnn::kernels().vector_math(static_cast<fastnn::MathFunction>(f), x.data(), y.mutable_data(), x.size());
+    fastnn::kernels().vector_math(static_cast<fastnn::MathFunction>(f), x.data(), y.mutable_data(),
+                                  x.size());
     return y;
   }
-  throw py::value_error("fastnn._C.vector_math: name must be exp, log, tanh, erf or sigmoid; got " + name);
+  throw py::value_error("fastnn._C.vector_math: name must be exp, log, tanh, erf or sigmoid; got " +
+                        name);
 }
 
 std::vector<std::string> op_names() {
@@ -60,13 +65,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_compiled", &fastnn::isa_compiled, "Instruction sets compiled in, in rising order.");
   m.def("isa_supported", &fastnn::isa_supported, "Those of them that this CPU runs.");
   m.def(
-      "set_isa", [](const std::optional<std::string>& name) { fastnn::set_isa(name.value_or("")); }, py::arg("name").none(true),
+      "set_isa", [](const std::optional<std::string>& name) { fastnn::set_isa(name.value_or("")); },
+      py::arg("name").none(true),
       "Forces an instruction set; None takes the best. ValueError if unknown or not supported.");
   m.def("threads", &fastnn::thread_count, "Threads the next kernel may use.");
   m.def("record_start", &fastnn::record_start, "Starts logging kernel runs.");
   m.def("record_stop", &fastnn::record_stop, "Stops; returns [(kernel, instruction set)].");
   m.def("poison", &fastnn::poison, "Whether fresh memory is filled with NaN.");
-  m.def("set_poison", &fastnn::set_poison, py::arg("on"), "Fills fresh outputs and scratch with NaN from now on.");
+  m.def("set_poison", &fastnn::set_poison, py::arg("on"),
+        "Fills fresh outputs and scratch with NaN from now on.");
   m.def("ops", &op_names, "The ops of csrc/ops.def.");
-  m.def("vector_math", &vector_math, py::arg("name"), py::arg("x"), "A vector function over a float32 array.");
+  m.def("vector_math", &vector_math, py::arg("name"), py::arg("x"),
+        "A vector function over a float32 array.");
 }

@@ -2,7 +2,6 @@
 
 #include <new>
 
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 // Present from torch 2.13 on, null before: why the last C call failed.
@@ -72,8 +71,8 @@ DType checked_dtype(const Tensor& t, const char* op, const char* argument) {
   FASTNN_CHECK(t.is_cpu(), ValueError, "fastnn::", op, ": ", argument, " must be on the CPU");
   int32_t layout = 0;
   aoti_torch_get_layout(t.get(), &layout);
-  FASTNN_CHECK(layout == aoti_torch_layout_strided(), NotImplemented, "fastnn::", op, ": ", argument,
-               " must be a dense (strided) tensor");
+  FASTNN_CHECK(layout == aoti_torch_layout_strided(), NotImplemented, "fastnn::", op, ": ",
+               argument, " must be a dense (strided) tensor");
   const auto dtype = kernel_dtype(t.scalar_type());
   FASTNN_CHECK(dtype.has_value(), TypeError, "fastnn::", op, ": ", argument,
                " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
@@ -98,7 +97,8 @@ Rows rows_of(const Tensor& t, Tensor& holder) {
         continue;
       }
       holder = torch::stable::contiguous(t);
-      return {holder.const_data_ptr(), holder.numel() / view.columns, view.columns, view.columns, 1};
+      return {holder.const_data_ptr(), holder.numel() / view.columns, view.columns, view.columns,
+              1};
     }
     view.rows *= sizes[d];
   }
@@ -106,7 +106,7 @@ Rows rows_of(const Tensor& t, Tensor& holder) {
   return view;
 }
 
-Tensor new_output(const std::vector<int64_t>& sizes, DType dtype) {
+Tensor new_output(const std::vector<int64_t>& sizes, DType dtype, int64_t huge_from) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
@@ -114,30 +114,33 @@ Tensor new_output(const std::vector<int64_t>& sizes, DType dtype) {
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  const auto failed =
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               static_cast<int32_t>(scalar_type(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
+  const auto failed = aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      static_cast<int32_t>(scalar_type(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
   if (failed) {
-    const char* const why =
-        torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : "";
-    fail<OutOfMemory>("fastnn: cannot allocate an output of shape ", shape_text(sizes), ", ", dtype_name(scalar_type(dtype)),
-                      ". ", why);
+    const char* const why = torch_exception_get_what_without_backtrace
+                                ? torch_exception_get_what_without_backtrace()
+                                : "";
+    fail<OutOfMemory>("fastnn: cannot allocate an output of shape ", shape_text(sizes), ", ",
+                      dtype_name(scalar_type(dtype)), ". ", why);
   }
   Tensor out(handle);
-  prepare_output(out.mutable_data_ptr(), out.numel() * element_bytes(dtype));
+  prepare_output(out.mutable_data_ptr(), out.numel() * element_bytes(dtype), huge_from);
   return out;
 }
 
 void check_grad_handled(bool grad_handled, const char* op) {
-  FASTNN_CHECK(grad_handled || !aoti_torch_grad_mode_is_enabled(), std::runtime_error, "fastnn::", op,
-               " is a raw operator without gradients: call the public function of fastnn, or run it under "
-               "torch.no_grad()");
+  FASTNN_CHECK(
+      grad_handled || !aoti_torch_grad_mode_is_enabled(), std::runtime_error, "fastnn::", op,
+      " is a raw operator without gradients: call the public function of fastnn, or run it under "
+      "torch.no_grad()");
 }
 
 namespace {
 
 void run_on_torch_pool(int64_t n, int64_t grain, RangeBody body, void* context) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  torch::stable::parallel_for(0, n, grain,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 int64_t torch_threads() { return torch::stable::get_num_threads(); }
 

@@ -1,4 +1,5 @@
-// What every binding needs of torch: shapes, types, fresh outputs, errors. Only csrc/bindings/ includes torch or pybind11.
+// What every binding needs of torch: shapes, types, fresh outputs, errors. Only csrc/bindings/
+// includes torch or pybind11.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "params/common.h"
 
 namespace fastnn {
@@ -19,7 +21,8 @@ namespace fastnn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// ---- errors: the Python exception type is chosen, the text names operator, argument, what came and what is allowed
+// ---- errors: the Python exception type is chosen, the text names operator, argument, what came
+// and what is allowed
 
 struct NotImplemented : pybind11::builtin_exception {
   using builtin_exception::builtin_exception;
@@ -36,8 +39,8 @@ template <class Error, class... Parts>
   (text << ... << parts);
   throw Error(text.str());
 }
-#define FASTNN_CHECK(condition, Error, ...) \
-  do {                                      \
+#define FASTNN_CHECK(condition, Error, ...)                                    \
+  do {                                                                         \
     if (__builtin_expect(!(condition), 0)) ::fastnn::fail<Error>(__VA_ARGS__); \
   } while (0)
 using TypeError = pybind11::type_error;
@@ -58,8 +61,8 @@ std::optional<DType> kernel_dtype(ScalarType t);
 
 std::vector<int64_t> sizes_of(const Tensor& t);
 
-// A tensor [*, columns] seen as rows x columns. Leading dimensions that no single stride describes, are copied first;
-// the copy lives in `holder`.
+// A tensor [*, columns] seen as rows x columns. Leading dimensions that no single stride describes,
+// are copied first; the copy lives in `holder`.
 struct Rows {
   const void* data;
   int64_t rows, columns, row_stride, column_stride;
@@ -68,10 +71,13 @@ Rows rows_of(const Tensor& t, Tensor& holder);
 
 // ---- outputs
 
-// A fresh contiguous CPU tensor, on huge pages where it is large, filled with NaN under FASTNN_POISON.
-Tensor new_output(const std::vector<int64_t>& sizes, DType dtype);
+// A fresh contiguous CPU tensor, on huge pages where it is large, filled with NaN under
+// FASTNN_POISON.
+Tensor new_output(const std::vector<int64_t>& sizes, DType dtype,
+                  int64_t huge_from = kHugeOutputBytes);
 
-// Raw operators compute no gradients: with grad mode on the caller must have said that it takes care of them.
+// Raw operators compute no gradients: with grad mode on the caller must have said that it takes
+// care of them.
 void check_grad_handled(bool grad_handled, const char* op);
 
 // Plugs torch's thread pool into the core. Once, at import.

@@ -3,15 +3,17 @@
 #include <atomic>
 #include <stdexcept>
 
-#define FASTNN_ISA(name) extern "C" __attribute__((visibility("hidden"))) const fastnn::KernelTable fastnn_table_##name;
+#define FASTNN_ISA(name) \
+  extern "C" __attribute__((visibility("hidden"))) const fastnn::KernelTable fastnn_table_##name;
 #include "fastnn_isas.inc"
 #undef FASTNN_ISA
 
 namespace fastnn {
 namespace {
 
-// __builtin_cpu_supports reads CPUID and XGETBV: it says no where the operating system does not save the registers.
-// "x86-64-v3" and "-v4" are exactly what the compiler may emit under -march of that name.
+// __builtin_cpu_supports reads CPUID and XGETBV: it says no where the operating system does not
+// save the registers. "x86-64-v3" and "-v4" are exactly what the compiler may emit under -march of
+// that name.
 bool cpu_has_scalar() { return true; }
 #if defined(__x86_64__)
 bool cpu_has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
@@ -71,13 +73,15 @@ void set_isa(const std::string& name) {
   for (const Entry& entry : kEntries) {
     if (name != entry.name) continue;
     if (!entry.supported()) {
-      throw std::invalid_argument("instruction set '" + name + "' is not supported by this CPU, which has " +
+      throw std::invalid_argument("instruction set '" + name +
+                                  "' is not supported by this CPU, which has " +
                                   joined(isa_supported()));
     }
     g_table.store(entry.table);
     return;
   }
-  throw std::invalid_argument("unknown instruction set '" + name + "'; compiled in: " + joined(isa_compiled()));
+  throw std::invalid_argument("unknown instruction set '" + name +
+                              "'; compiled in: " + joined(isa_compiled()));
 }
 
 const KernelTable& kernels() {

@@ -1,5 +1,5 @@
-// What an instruction set supplies: one table of plain functions, all serial, none of which throws or allocates.
-// cpu/<op>.cpp splits the work over threads and calls them.
+// What an instruction set supplies: one table of plain functions, all serial, none of which throws
+// or allocates. cpu/<op>.cpp splits the work over threads and calls them.
 #pragma once
 #include "cpu/gemm/params.h"
 #include "params/linear.h"
@@ -17,7 +17,8 @@ struct KernelTable {
   void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
   void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
 
-  // Rows [m0, m1) and columns [n0, n1) of c; n0 a multiple of kStrip. scratch: gemm_scratch_floats(p).
+  // Rows [m0, m1) and columns [n0, n1) of c; n0 a multiple of kStrip. scratch:
+  // gemm_scratch_floats(p).
   void (*gemm)(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch);
   int64_t (*gemm_scratch_floats)(const GemmParams& p);
   // Floats of the packed copy of a K x N operand of this type, and strips [s0, s1) of it.

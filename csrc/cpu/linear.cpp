@@ -11,17 +11,21 @@
 namespace fastnn {
 namespace {
 
-constexpr int64_t kSerialFlops = int64_t{2} << 20;  // about 20 us of one core: a thread more would not pay
+constexpr int64_t kSerialFlops = int64_t{2}
+                                 << 20;  // about 20 us of one core: a thread more would not pay
 constexpr int64_t kTileColumns = 48;
-constexpr int64_t kRowsPerThread = 16;   // two row tiles: fewer rows than that per thread split the columns instead
-constexpr int64_t kChunkRows = 256;      // rows summed by one chunk of the bias gradient, whatever the thread count
+constexpr int64_t kRowsPerThread =
+    16;  // two row tiles: fewer rows than that per thread split the columns instead
+constexpr int64_t kChunkRows =
+    256;  // rows summed by one chunk of the bias gradient, whatever the thread count
 
 struct Split {
   int64_t rows, columns;  // parts
 };
 
-// Each thread packs or streams its own columns of B, so columns are split where B is packed on the way; a packed copy is
-// shared, and splitting rows keeps every thread's A in its own cache. No sum depends on how the work is split.
+// Each thread packs or streams its own columns of B, so columns are split where B is packed on the
+// way; a packed copy is shared, and splitting rows keeps every thread's A in its own cache. No sum
+// depends on how the work is split.
 Split split_work(const GemmParams& p) {
   const int64_t threads = thread_count();
   if (threads == 1 || 2 * p.M * p.N * p.K <= kSerialFlops) return {1, 1};
@@ -32,7 +36,8 @@ Split split_work(const GemmParams& p) {
     return {rows, std::min(std::max<int64_t>(1, threads / rows), most_columns)};
   }
   const int64_t columns = std::min(threads, most_columns);
-  const bool columns_only = p.M <= 128;  // the ways for few rows take all rows at once (gemm/gemm.h)
+  const bool columns_only =
+      p.M <= 128;  // the ways for few rows take all rows at once (gemm/gemm.h)
   return {columns_only ? 1 : std::min(std::max<int64_t>(1, threads / columns), most_rows), columns};
 }
 
@@ -53,8 +58,8 @@ void run_gemm(const GemmParams& p, const KernelTable& table) {
   });
 }
 
-// Gradients of the pre-activation and of the bias. Chunks of rows have their own partial sums, added in chunk order:
-// the same bits for any number of threads.
+// Gradients of the pre-activation and of the bias. Chunks of rows have their own partial sums,
+// added in chunk order: the same bits for any number of threads.
 void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
   const int64_t chunks = std::max<int64_t>(1, (p.M + kChunkRows - 1) / kChunkRows);
   const Scratch partial(p.db != nullptr ? (chunks + 1) * p.N * 4 : 0);
@@ -62,7 +67,8 @@ void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, kChunkRows * p.N));
   parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      table.linear_slope(p, c * kChunkRows, std::min(p.M, (c + 1) * kChunkRows), dz, sums ? sums + c * p.N : nullptr);
+      table.linear_slope(p, c * kChunkRows, std::min(p.M, (c + 1) * kChunkRows), dz,
+                         sums ? sums + c * p.N : nullptr);
     }
   });
   if (p.db == nullptr) return;
@@ -97,7 +103,8 @@ void linear_fwd(const LinearParams& p) {
     std::fill(bias + p.N, bias + padded, 0.f);
     g.epilogue.steps[g.epilogue.count++] = {StepKind::kBias, Activation::kNone, bias, nullptr};
   }
-  if (p.pre != nullptr) g.epilogue.steps[g.epilogue.count++] = {StepKind::kStore, Activation::kNone, nullptr, p.pre};
+  if (p.pre != nullptr)
+    g.epilogue.steps[g.epilogue.count++] = {StepKind::kStore, Activation::kNone, nullptr, p.pre};
   if (p.activation != Activation::kNone) {
     g.epilogue.steps[g.epilogue.count++] = {StepKind::kActivate, p.activation, nullptr, nullptr};
   }
@@ -108,7 +115,8 @@ void linear_bwd(const LinearBwdParams& p) {
   const KernelTable& table = kernels();
   record_run("linear_bwd", table.isa);
   const bool products = p.dx != nullptr || p.dw != nullptr;
-  // Without an activation dz is dy itself, unless its columns lie apart (an expanded gradient): then a copy of it.
+  // Without an activation dz is dy itself, unless its columns lie apart (an expanded gradient):
+  // then a copy of it.
   const bool own_dz = products && (p.activation != Activation::kNone || p.dy.col_stride != 1);
   const Scratch dz_memory(own_dz ? p.M * p.N * element_bytes(p.dy.dtype) : 0);
   void* const dz = own_dz ? dz_memory.get() : nullptr;
@@ -136,14 +144,17 @@ void linear_bwd(const LinearBwdParams& p) {
   }
 }
 
-int64_t linear_packed_bytes(int64_t N, int64_t K, DType dtype) { return kernels().packed_floats(N, K, dtype) * 4; }
+int64_t linear_packed_bytes(int64_t N, int64_t K, DType dtype) {
+  return kernels().packed_floats(N, K, dtype) * 4;
+}
 
 void linear_pack(const Matrix& w, int64_t N, int64_t K, void* packed) {
   const KernelTable& table = kernels();
   record_run("linear_pack", table.isa);
   const Matrix b = {w.data, w.col_stride, w.row_stride, w.dtype};
-  parallel_for((N + kStrip - 1) / kStrip, 8,
-               [&](int64_t begin, int64_t end) { table.pack(b, N, K, begin, end, static_cast<float*>(packed)); });
+  parallel_for((N + kStrip - 1) / kStrip, 8, [&](int64_t begin, int64_t end) {
+    table.pack(b, N, K, begin, end, static_cast<float*>(packed));
+  });
 }
 
 }  // namespace fastnn

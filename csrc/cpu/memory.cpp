@@ -16,7 +16,8 @@ std::atomic<bool> g_poison{false};
 void advise_huge(void* p, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   const auto first = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto last = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  const auto last =
+      (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #else
   (void)p;
@@ -45,8 +46,8 @@ thread_local Kept t_kept;
 void set_poison(bool on) { g_poison.store(on, std::memory_order_relaxed); }
 bool poison() { return g_poison.load(std::memory_order_relaxed); }
 
-void prepare_output(void* p, int64_t bytes) {
-  if (bytes > kHugeAdviceBytes) advise_huge(p, bytes);
+void prepare_output(void* p, int64_t bytes, int64_t huge_from) {
+  if (bytes >= huge_from) advise_huge(p, bytes);
   if (poison()) std::memset(p, 0xff, static_cast<size_t>(bytes));
 }
 

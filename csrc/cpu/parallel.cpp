@@ -32,8 +32,8 @@ bool serial() { return g_pool.run == nullptr || g_forked_child.load(std::memory_
 }  // namespace
 
 void set_thread_pool(const ThreadPool& pool) {
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { g_forked_child.store(true, std::memory_order_relaxed); });
+  static const int registered = pthread_atfork(
+      nullptr, nullptr, [] { g_forked_child.store(true, std::memory_order_relaxed); });
   (void)registered;
   g_pool = pool;
 }

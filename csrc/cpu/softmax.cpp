@@ -24,12 +24,14 @@ void softmax_fwd(const SoftmaxParams& p) {
   record_run("softmax_fwd", table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;
   const int64_t items = table.softmax_items(p.outer, p.inner);
-  // Half precision keeps the exponentials of a row in float32; float32 keeps them in the output itself.
+  // Half precision keeps the exponentials of a row in float32; float32 keeps them in the output
+  // itself.
   const bool buffered = p.y_dtype != DType::kFloat32 && p.inner == 1 && !p.log;
-  parallel_for(items, items_per_grain(p.outer * p.cols * p.inner, items), [&](int64_t begin, int64_t end) {
-    const Scratch scratch(buffered ? std::min<int64_t>(p.cols, int64_t{1} << 16) * 4 : 0);
-    table.softmax_fwd(p, begin, end, static_cast<float*>(scratch.get()));
-  });
+  parallel_for(
+      items, items_per_grain(p.outer * p.cols * p.inner, items), [&](int64_t begin, int64_t end) {
+        const Scratch scratch(buffered ? std::min<int64_t>(p.cols, int64_t{1} << 16) * 4 : 0);
+        table.softmax_fwd(p, begin, end, static_cast<float*>(scratch.get()));
+      });
 }
 
 void softmax_bwd(const SoftmaxBwdParams& p) {

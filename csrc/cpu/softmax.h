@@ -1,4 +1,5 @@
-// Softmax and log-softmax over the thread pool; parameters in params/softmax.h, the algorithm in cpu/kernels/softmax.h.
+// Softmax and log-softmax over the thread pool; parameters in params/softmax.h, the algorithm in
+// cpu/kernels/softmax.h.
 #pragma once
 #include "params/softmax.h"
 

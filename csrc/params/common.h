@@ -1,4 +1,5 @@
-// What every kernel argument is made of. Plain data: no torch, no std:: types cross an instruction-set object.
+// What every kernel argument is made of. Plain data: no torch, no std:: types cross an
+// instruction-set object.
 #pragma once
 #include <cstdint>
 

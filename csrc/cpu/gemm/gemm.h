@@ -1,11 +1,16 @@
-// The matrix product: loops over packed panels and register tiles, and the epilogue program on finished rows.
+// The matrix product: loops over packed panels and register tiles, and the epilogue program on
+// finished rows.
 //
 // Three ways through, all with the same tile, the same packed layout and the same epilogue:
-//   gemm_tiles    B in strips (its packed copy, or a KC x NC panel packed on the way, hot in L2), rows of A broadcast from
+//   gemm_tiles    B in strips (its packed copy, or a KC x NC panel packed on the way, hot in L2),
+//   rows of A broadcast from
 //                 where they lie.
-//   gemm_swapped  few rows, no packed copy: rows of B^T (the weight) are broadcast from where they lie, A^T (small) is
-//                 packed, and the finished tile is transposed. The weight is read once and nothing of its size written.
-//   gemm_dots     up to 4 rows, no packed copy: dot products along K, lanes along K, the weight streamed once.
+//   gemm_swapped  few rows, no packed copy: rows of B^T (the weight) are broadcast from where they
+//   lie, A^T (small) is
+//                 packed, and the finished tile is transposed. The weight is read once and nothing
+//                 of its size written.
+//   gemm_dots     up to 4 rows, no packed copy: dot products along K, lanes along K, the weight
+//   streamed once.
 #pragma once
 #include "cpu/gemm/pack.h"
 #include "cpu/gemm/tile.h"
@@ -14,23 +19,28 @@
 namespace fastnn {
 namespace {
 
-constexpr int64_t kBlockUnits = 1024;      // K in units per pass over the sums: below 1024 splitting K costs 2-5 %
-constexpr int64_t kFewRowsUnits = 4096;    // with few rows the sums are small and long streams matter more
+constexpr int64_t kBlockUnits =
+    1024;  // K in units per pass over the sums: below 1024 splitting K costs 2-5 %
+constexpr int64_t kFewRowsUnits =
+    4096;  // with few rows the sums are small and long streams matter more
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kBlockColumns = 192;     // NC: 96 .. 384 are within a point of each other
-constexpr int64_t kGatherColumns = 384;    // where rows of A are packed on the way: packed half as often, and
-constexpr int64_t kGatherUnits = 512;      // ... a panel twice as wide is half as deep to stay in L2
-constexpr int64_t kBlockRows = 512;        // rows of partial sums held while K is split
-constexpr int64_t kSwappedMaxRows = 128;   // above, packing the weight on the way is cheaper
-constexpr int64_t kSwappedGroup = 48;      // weight rows between two transpositions
+constexpr int64_t kBlockColumns = 192;  // NC: 96 .. 384 are within a point of each other
+constexpr int64_t kGatherColumns =
+    384;  // where rows of A are packed on the way: packed half as often, and
+constexpr int64_t kGatherUnits = 512;     // ... a panel twice as wide is half as deep to stay in L2
+constexpr int64_t kBlockRows = 512;       // rows of partial sums held while K is split
+constexpr int64_t kSwappedMaxRows = 128;  // above, packing the weight on the way is cheaper
+constexpr int64_t kSwappedGroup = 48;     // weight rows between two transpositions
 constexpr int64_t kDotsMaxRows = 4;
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Runs the program on rows x columns of t in place (columns rounded up to a strip), then converts and stores the result.
+// Runs the program on rows x columns of t in place (columns rounded up to a strip), then converts
+// and stores the result.
 template <class T>
-void finish_typed(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
+void finish_typed(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_t rows, int64_t n0,
+                  int64_t columns) {
   const int64_t padded = round_up(columns, kStrip);
   auto write = [&](T* out) __attribute__((always_inline)) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -47,14 +57,16 @@ void finish_typed(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_
       case StepKind::kBias:
         for (int64_t i = 0; i < rows; ++i) {
           float* const row = t + i * ldt;
-          for (int64_t n = 0; n < padded; n += kLanes) store(row + n, load(row + n) + load(step.bias + n0 + n));
+          for (int64_t n = 0; n < padded; n += kLanes)
+            store(row + n, load(row + n) + load(step.bias + n0 + n));
         }
         break;
       case StepKind::kActivate:
         with_activation(step.activation, [&](auto tag) __attribute__((always_inline)) {
           for (int64_t i = 0; i < rows; ++i) {
             float* const row = t + i * ldt;
-            for (int64_t n = 0; n < padded; n += kLanes) store(row + n, activate<decltype(tag)::value>(load(row + n)));
+            for (int64_t n = 0; n < padded; n += kLanes)
+              store(row + n, activate<decltype(tag)::value>(load(row + n)));
           }
         });
         break;
@@ -66,15 +78,18 @@ void finish_typed(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_
   write(static_cast<T*>(p.c));
 }
 
-inline void finish(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
-  with_type(p.c_dtype, [&](auto type) { finish_typed<decltype(type)>(p, t, ldt, m0, rows, n0, columns); });
+inline void finish(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_t rows, int64_t n0,
+                   int64_t columns) {
+  with_type(p.c_dtype,
+            [&](auto type) { finish_typed<decltype(type)>(p, t, ldt, m0, rows, n0, columns); });
 }
 
 // The next output lines arrive while the tile computes.
 template <class T>
 FASTNN_INLINE void prefetch_output(const T* c, int64_t row_stride, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t n = 0; n < columns; n += 64 / (int64_t)sizeof(T)) __builtin_prefetch(c + i * row_stride + n, 1);
+    for (int64_t n = 0; n < columns; n += 64 / (int64_t)sizeof(T))
+      __builtin_prefetch(c + i * row_stride + n, 1);
   }
 }
 
@@ -88,7 +103,9 @@ Blocking blocking_of(const GemmParams& p) {
   Blocking k;
   const bool in_place = reads_in_place<Dot, T>(p.a, p.K);
   k.units = units_of(p.K, Dot::kPerUnit);
-  k.block_units = !in_place ? kGatherUnits : p.M <= kFewRows ? kFewRowsUnits : Dot::kPerUnit * kBlockUnits;
+  k.block_units = !in_place         ? kGatherUnits
+                  : p.M <= kFewRows ? kFewRowsUnits
+                                    : Dot::kPerUnit * kBlockUnits;
   k.split_k = k.units > k.block_units;
   k.block_columns = in_place ? kBlockColumns : kGatherColumns;
   k.block_rows = k.split_k ? kBlockRows : max_of(p.M, 1);
@@ -111,7 +128,8 @@ TileScratch tile_scratch(const GemmParams& p) {
 }
 
 template <class Dot, class T>
-void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end, float* scratch) {
+void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end,
+                float* scratch) {
   const Blocking k = blocking_of<Dot, T>(p);
   const TileScratch sizes = tile_scratch<Dot, T>(p);
   float* const sums = scratch;
@@ -138,24 +156,23 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
         }
         const bool last = u1 == k.units;
         for (int64_t i = 0; i < row_tiles; ++i) {
-          const int64_t r0 = rows * i / row_tiles, r1 = rows * (i + 1) / row_tiles;  // balanced: no thin last tile
+          const int64_t r0 = rows * i / row_tiles,
+                        r1 = rows * (i + 1) / row_tiles;  // balanced: no thin last tile
           float* const t = k.split_k ? sums + r0 * ldt : sums;
           RowPanel a;
           if (in_place) {
-            const T* const data = static_cast<const T*>(p.a.data) + (m0 + r0) * p.a.row_stride + u0 * Dot::kPerUnit;
+            const T* const data =
+                static_cast<const T*>(p.a.data) + (m0 + r0) * p.a.row_stride + u0 * Dot::kPerUnit;
             a = {reinterpret_cast<const char*>(data), p.a.row_stride * (int64_t)sizeof(T), 4};
           } else {
             a = pack_rows<Dot, T, kTileRows>(p.a, p.K, m0 + r0, r1 - r0, u0, u1, packed_rows);
           }
           if (last) {
-            prefetch_output(static_cast<const T*>(p.c) + (m0 + r0) * p.N + n0, p.N, r1 - r0, columns);
+            prefetch_output(static_cast<const T*>(p.c) + (m0 + r0) * p.N + n0, p.N, r1 - r0,
+                            columns);
           }
-          const int64_t widest = tile_strips((int)(r1 - r0));
-          for (int64_t s = 0; s < strips; s += widest) {
-            Tiles<Dot>::get(r1 - r0, min_of(widest, strips - s))(u1 - u0, a.data, a.row_bytes, a.unit_bytes,
-                                                                b + s * strip_floats, strip_floats, t + s * kStrip, ldt,
-                                                                u0 > 0);
-          }
+          run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes, b,
+                         strip_floats, t, ldt, u0 > 0);
           if (last) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
         }
         u0 = u1;
@@ -166,8 +183,8 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
 
 template <class Dot, class T>
 bool takes_swapped(const GemmParams& p) {
-  return p.b_packed == nullptr && p.M <= kSwappedMaxRows && p.K > 0 && p.b.row_stride == 1 && p.a.col_stride == 1 &&
-         sizeof(T) * Dot::kPerUnit == 4 && p.K % Dot::kPerUnit == 0;
+  return p.b_packed == nullptr && p.M <= kSwappedMaxRows && p.K > 0 && p.b.row_stride == 1 &&
+         p.a.col_stride == 1 && sizeof(T) * Dot::kPerUnit == 4 && p.K % Dot::kPerUnit == 0;
 }
 
 // Scratch: packed A^T | sums, weight rows x tokens | the same transposed.
@@ -180,7 +197,8 @@ int64_t swapped_scratch(const GemmParams& p) {
 template <class Dot, class T>
 void gemm_swapped(const GemmParams& p, int64_t n_begin, int64_t n_end, float* scratch) {
   const int64_t units = units_of(p.K, Dot::kPerUnit);
-  const int64_t strips = (p.M + kStrip - 1) / kStrip, tokens = strips * kStrip, strip_floats = units * kStrip;
+  const int64_t strips = (p.M + kStrip - 1) / kStrip, tokens = strips * kStrip,
+                strip_floats = units * kStrip;
   float* const tokens_packed = scratch;
   float* const sums = tokens_packed + tokens * units;
   float* const turned = sums + kSwappedGroup * tokens;
@@ -191,16 +209,12 @@ void gemm_swapped(const GemmParams& p, int64_t n_begin, int64_t n_end, float* sc
     const int64_t row_tiles = (group + kTileRows - 1) / kTileRows;
     for (int64_t i = 0; i < row_tiles; ++i) {
       const int64_t r0 = group * i / row_tiles, r1 = group * (i + 1) / row_tiles;
-      const int64_t widest = tile_strips((int)(r1 - r0));
       const T* const weight = static_cast<const T*>(p.b.data) + (n0 + r0) * p.b.col_stride;
       for (int64_t u0 = 0; u0 < units; u0 += kBlockUnits) {
-        const int64_t depth = min_of(kBlockUnits, units - u0);
         const char* const rows = reinterpret_cast<const char*>(weight + u0 * Dot::kPerUnit);
-        for (int64_t s = 0; s < strips; s += widest) {
-          Tiles<Dot>::get(r1 - r0, min_of(widest, strips - s))(depth, rows, p.b.col_stride * (int64_t)sizeof(T), 4,
-                                                              tokens_packed + s * strip_floats + u0 * kStrip, strip_floats,
-                                                              sums + r0 * tokens + s * kStrip, tokens, u0 > 0);
-        }
+        run_tiles<Dot>(r1 - r0, strips, min_of(kBlockUnits, units - u0), rows,
+                       p.b.col_stride * (int64_t)sizeof(T), 4, tokens_packed + u0 * kStrip,
+                       strip_floats, sums + r0 * tokens, tokens, u0 > 0);
       }
     }
     for (int64_t c = 0; c < tokens; c += kLanes) {
@@ -210,7 +224,8 @@ void gemm_swapped(const GemmParams& p, int64_t n_begin, int64_t n_end, float* sc
           r[i] = n + i < group ? load(sums + (n + i) * tokens + c) : zero();
         }
         transpose(r);
-        FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) store(turned + (c + i) * kSwappedGroup + n, r[i]);
+        FASTNN_UNROLL for (int i = 0; i < kLanes; ++i)
+            store(turned + (c + i) * kSwappedGroup + n, r[i]);
       }
     }
     finish(p, turned, kSwappedGroup, 0, p.M, n0, group);
@@ -219,13 +234,15 @@ void gemm_swapped(const GemmParams& p, int64_t n_begin, int64_t n_end, float* sc
 
 template <class Dot, class T>
 bool takes_dots(const GemmParams& p) {
-  return p.b_packed == nullptr && p.M <= kDotsMaxRows && p.K > 0 && p.b.row_stride == 1 && p.a.col_stride == 1;
+  return p.b_packed == nullptr && p.M <= kDotsMaxRows && p.K > 0 && p.b.row_stride == 1 &&
+         p.a.col_stride == 1;
 }
 
 constexpr int kDotColumns = 4;  // weight rows at once: four streams, 4 x M sums
 
 template <class T, int MR, int NC>
-FASTNN_INLINE void dots(const T* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K, float* t, int64_t ldt) {
+FASTNN_INLINE void dots(const T* a, int64_t a_stride, const T* w, int64_t w_stride, int64_t K,
+                        float* t, int64_t ldt) {
   Vec sums[MR][NC];
   FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
     FASTNN_UNROLL for (int j = 0; j < NC; ++j) sums[i][j] = zero();
@@ -260,13 +277,16 @@ void gemm_dots_rows(const GemmParams& p, int64_t n_begin, int64_t n_end, float* 
     const T* const w = static_cast<const T*>(p.b.data) + n0 * p.b.col_stride;
     int64_t n = 0;
     for (; n + kDotColumns <= columns; n += kDotColumns) {
-      dots<T, MR, kDotColumns>(a, p.a.row_stride, w + n * p.b.col_stride, p.b.col_stride, p.K, t + n, kBlockColumns);
+      dots<T, MR, kDotColumns>(a, p.a.row_stride, w + n * p.b.col_stride, p.b.col_stride, p.K,
+                               t + n, kBlockColumns);
     }
     for (; n < columns; ++n) {
-      dots<T, MR, 1>(a, p.a.row_stride, w + n * p.b.col_stride, p.b.col_stride, p.K, t + n, kBlockColumns);
+      dots<T, MR, 1>(a, p.a.row_stride, w + n * p.b.col_stride, p.b.col_stride, p.K, t + n,
+                     kBlockColumns);
     }
     for (; n < round_up(columns, kStrip); ++n) {
-      for (int i = 0; i < MR; ++i) t[i * kBlockColumns + n] = 0.f;  // the program runs over whole strips
+      for (int i = 0; i < MR; ++i)
+        t[i * kBlockColumns + n] = 0.f;  // the program runs over whole strips
     }
     finish(p, t, kBlockColumns, 0, MR, n0, columns);
   }
@@ -303,7 +323,8 @@ int64_t gemm_scratch_floats(const GemmParams& p) {
   return floats;
 }
 
-// Rows [m0, m1) and columns [n0, n1) of c. The ways for few rows take all rows at once: the caller splits columns only.
+// Rows [m0, m1) and columns [n0, n1) of c. The ways for few rows take all rows at once: the caller
+// splits columns only.
 void gemm(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch) {
   with_dot(p.a.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);

@@ -1,8 +1,9 @@
-// Packed B: strips of 16 columns, [ceil(N / 16)][U][16] units of 4 bytes, K running through the whole strip, so that a
-// tile of any width reads neighbouring strips and one token reads one forward stream.
+// Packed B: strips of 16 columns, [ceil(N / 16)][U][16] units of 4 bytes, K running through the
+// whole strip, so that a tile of any width reads neighbouring strips and one token reads one
+// forward stream.
 //
-//   strip 0 | u0: n0 .. n15 | u1: n0 .. n15 | ... | u(U-1) |      columns past N and elements past K are zero
-//   strip 1 | u0: n16 .. n31 | ...
+//   strip 0 | u0: n0 .. n15 | u1: n0 .. n15 | ... | u(U-1) |      columns past N and elements past
+//   K are zero strip 1 | u0: n16 .. n31 | ...
 #pragma once
 #include "cpu/gemm/units.h"
 
@@ -11,8 +12,8 @@ namespace {
 
 // Columns [n, n + kStrip) of b for units [u0, u1), K elements in all, to out[u - u0][16].
 template <class Dot, class T>
-FASTNN_INLINE void pack_strip_along_k(const T* b, int64_t column_stride, int64_t columns, int64_t K, int64_t u0, int64_t u1,
-                                      float* out) {
+FASTNN_INLINE void pack_strip_along_k(const T* b, int64_t column_stride, int64_t columns, int64_t K,
+                                      int64_t u0, int64_t u1, float* out) {
   for (int64_t group = 0; group < kStrip; group += kLanes) {
     for (int64_t u = u0; u < u1; u += kLanes) {
       const int64_t k = u * Dot::kPerUnit;
@@ -35,10 +36,11 @@ FASTNN_INLINE void pack_strip_along_k(const T* b, int64_t column_stride, int64_t
   }
 }
 
-// The same where neighbouring columns are next to each other: rows are copied, converted or interleaved by pairs.
+// The same where neighbouring columns are next to each other: rows are copied, converted or
+// interleaved by pairs.
 template <class Dot, class T>
-FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t columns, int64_t K, int64_t u0, int64_t u1,
-                                      float* out) {
+FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t columns, int64_t K,
+                                      int64_t u0, int64_t u1, float* out) {
   for (int64_t u = u0; u < u1; ++u, out += kStrip) {
     const T* const row = b + u * Dot::kPerUnit * row_stride;
     for (int64_t group = 0; group < kStrip; group += kLanes) {
@@ -46,13 +48,17 @@ FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t co
       if (count <= 0) {
         store(out + group, zero());
       } else if constexpr (Dot::kPerUnit == 1) {
-        store(out + group, count == kLanes ? load(row + group) : load_first(row + group, count, 0.f));
+        store(out + group,
+              count == kLanes ? load(row + group) : load_first(row + group, count, 0.f));
       } else {
-        // bfloat16 widened is its bits in the upper half: the even row moves down, the odd row stays.
+        // bfloat16 widened is its bits in the upper half: the even row moves down, the odd row
+        // stays.
         const bool pair = u * 2 + 1 < K;
         const Vec even = count == kLanes ? load(row + group) : load_first(row + group, count, 0.f);
         Vec odd = zero();
-        if (pair) odd = count == kLanes ? load(row + row_stride + group) : load_first(row + row_stride + group, count, 0.f);
+        if (pair)
+          odd = count == kLanes ? load(row + row_stride + group)
+                                : load_first(row + row_stride + group, count, 0.f);
         store(out + group, (Vec)(((UVec)even >> 16) | (UVec)odd));
       }
     }
@@ -60,20 +66,24 @@ FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t co
 }
 
 template <class Dot, class T>
-FASTNN_INLINE void pack_strip_strided(const T* b, int64_t row_stride, int64_t column_stride, int64_t columns, int64_t K,
-                                      int64_t u0, int64_t u1, float* out) {
+FASTNN_INLINE void pack_strip_strided(const T* b, int64_t row_stride, int64_t column_stride,
+                                      int64_t columns, int64_t K, int64_t u0, int64_t u1,
+                                      float* out) {
   for (int64_t u = u0; u < u1; ++u, out += kStrip) {
     const int64_t k = u * Dot::kPerUnit;
     for (int64_t n = 0; n < kStrip; ++n) {
-      out[n] = n < columns ? gather_unit<Dot>(b + k * row_stride + n * column_stride, row_stride, K - k) : 0.f;
+      out[n] = n < columns
+                   ? gather_unit<Dot>(b + k * row_stride + n * column_stride, row_stride, K - k)
+                   : 0.f;
     }
   }
 }
 
-// Strips of columns [n0, n0 + 16 strips) of the K x N matrix b, units [u0, u1), `strip_floats` apart in out.
+// Strips of columns [n0, n0 + 16 strips) of the K x N matrix b, units [u0, u1), `strip_floats`
+// apart in out.
 template <class Dot, class T>
-void pack_panel(const Matrix& b, int64_t N, int64_t K, int64_t n0, int64_t strips, int64_t u0, int64_t u1, float* out,
-                int64_t strip_floats) {
+void pack_panel(const Matrix& b, int64_t N, int64_t K, int64_t n0, int64_t strips, int64_t u0,
+                int64_t u1, float* out, int64_t strip_floats) {
   const T* const data = static_cast<const T*>(b.data);
   for (int64_t s = 0; s < strips; ++s, out += strip_floats) {
     const int64_t n = n0 + s * kStrip;
@@ -89,11 +99,13 @@ void pack_panel(const Matrix& b, int64_t N, int64_t K, int64_t n0, int64_t strip
   }
 }
 
-// Calls f(Dot, storage type) for operands of `dtype`: bfloat16 keeps its pairs where there is a dot instruction for them.
+// Calls f(Dot, storage type) for operands of `dtype`: bfloat16 keeps its pairs where there is a dot
+// instruction for them.
 template <class F>
 FASTNN_INLINE void with_dot(DType dtype, F f) {
   with_type(dtype, [&](auto t) __attribute__((always_inline)) {
-    if constexpr (kHasBf16Dot && sizeof(t) == sizeof(BFloat16) && !__is_same(decltype(t), Float16)) {
+    if constexpr (kHasBf16Dot && sizeof(t) == sizeof(BFloat16) &&
+                  !__is_same(decltype(t), Float16)) {
       f(DotBf16{}, t);
     } else {
       f(DotF32{}, t);
@@ -111,27 +123,32 @@ void pack(const Matrix& b, int64_t N, int64_t K, int64_t s0, int64_t s1, float* 
   with_dot(b.dtype, [&](auto dot, auto t) {
     const int64_t units = units_of(K, decltype(dot)::kPerUnit);
     const int64_t strip_floats = units * kStrip;
-    pack_panel<decltype(dot), decltype(t)>(b, N, K, s0 * kStrip, s1 - s0, 0, units, out + s0 * strip_floats, strip_floats);
+    pack_panel<decltype(dot), decltype(t)>(b, N, K, s0 * kStrip, s1 - s0, 0, units,
+                                           out + s0 * strip_floats, strip_floats);
   });
 }
 
-// Rows [m, m + rows) of a, units [u0, u1), where a cannot be read in place: another type, an odd K, or columns apart.
+// Rows [m, m + rows) of a, units [u0, u1), where a cannot be read in place: another type, an odd K,
+// or columns apart.
 struct RowPanel {
   const char* data;
   int64_t row_bytes, unit_bytes;
 };
 
 template <class Dot, class T, int MR>
-FASTNN_INLINE RowPanel pack_rows(const Matrix& a, int64_t K, int64_t m, int64_t rows, int64_t u0, int64_t u1, float* out) {
+FASTNN_INLINE RowPanel pack_rows(const Matrix& a, int64_t K, int64_t m, int64_t rows, int64_t u0,
+                                 int64_t u1, float* out) {
   const T* const data = static_cast<const T*>(a.data) + m * a.row_stride;
   if (a.col_stride == 1) {
-    const int64_t width = round_up(u1 - u0, kLanes) + kStrip;  // not a multiple of 4 KiB, or all rows share an L1 set
+    const int64_t width =
+        round_up(u1 - u0, kLanes) + kStrip;  // not a multiple of 4 KiB, or all rows share an L1 set
     for (int64_t i = 0; i < rows; ++i) {
       const T* const row = data + i * a.row_stride;
       for (int64_t u = u0; u < u1; u += kLanes) {
         const int64_t left = K - u * Dot::kPerUnit;
         const T* const p = row + u * Dot::kPerUnit;
-        store(out + i * width + (u - u0), left >= kLanes * Dot::kPerUnit ? load_units<Dot>(p) : load_units_first<Dot>(p, left));
+        store(out + i * width + (u - u0),
+              left >= kLanes * Dot::kPerUnit ? load_units<Dot>(p) : load_units_first<Dot>(p, left));
       }
     }
     return {reinterpret_cast<const char*>(out), width * 4, 4};
@@ -141,9 +158,11 @@ FASTNN_INLINE RowPanel pack_rows(const Matrix& a, int64_t K, int64_t m, int64_t 
     const int64_t k = u * Dot::kPerUnit;
     const T* const column = data + k * a.col_stride;
     if (a.row_stride == 1 && rows == MR) {
-      FASTNN_UNROLL for (int i = 0; i < MR; ++i) o[i] = gather_unit<Dot>(column + i, a.col_stride, K - k);
+      FASTNN_UNROLL for (int i = 0; i < MR; ++i) o[i] =
+          gather_unit<Dot>(column + i, a.col_stride, K - k);
     } else {
-      for (int64_t i = 0; i < rows; ++i) o[i] = gather_unit<Dot>(column + i * a.row_stride, a.col_stride, K - k);
+      for (int64_t i = 0; i < rows; ++i)
+        o[i] = gather_unit<Dot>(column + i * a.row_stride, a.col_stride, K - k);
     }
   }
   return {reinterpret_cast<const char*>(out), 4, MR * 4};

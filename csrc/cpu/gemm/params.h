@@ -4,8 +4,9 @@
 
 namespace fastnn {
 
-// One step of the small program that runs on a finished tile of float32 sums while it is in L1. A program, not template
-// parameters: instruction sets x types x activations must not multiply into the build.
+// One step of the small program that runs on a finished tile of float32 sums while it is in L1. A
+// program, not template parameters: instruction sets x types x activations must not multiply into
+// the build.
 enum class StepKind : int32_t {
   kBias,      // add bias[n]
   kActivate,  // apply the activation
@@ -34,6 +35,8 @@ struct GemmParams {
 };
 
 constexpr int64_t kStrip = 16;  // columns in a strip of packed b, whatever the vector width
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace fastnn

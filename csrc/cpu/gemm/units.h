@@ -1,5 +1,6 @@
-// A unit is 4 bytes along K: one float32, or two neighbouring bfloat16. Packing, strips, tiles and loops are the same
-// code for both; only the dot instruction differs. Types without a dot instruction become float32 units when packed.
+// A unit is 4 bytes along K: one float32, or two neighbouring bfloat16. Packing, strips, tiles and
+// loops are the same code for both; only the dot instruction differs. Types without a dot
+// instruction become float32 units when packed.
 #pragma once
 #include "cpu/gemm/params.h"
 #include "cpu/simd/vec.h"
@@ -29,7 +30,8 @@ FASTNN_INLINE Vec load_units(const T* p) {
     return v;
   }
 }
-// The same with only `elements` of them readable, 0 < elements < kLanes * kPerUnit; the others are zero.
+// The same with only `elements` of them readable, 0 < elements < kLanes * kPerUnit; the others are
+// zero.
 template <class Dot, class T>
 FASTNN_INLINE Vec load_units_first(const T* p, int64_t elements) {
   if constexpr (Dot::kPerUnit == 1) {

@@ -1,12 +1,13 @@
-// What linear + activation needs beside the matrix product (gemm/gemm.h): the activation's slope in backward, the bias
-// gradient, and conversions of vectors.
+// What linear + activation needs beside the matrix product (gemm/gemm.h): the activation's slope in
+// backward, the bias gradient, and conversions of vectors.
 #pragma once
 #include "cpu/simd/activation.h"
 
 namespace fastnn {
 namespace {
 
-// Element columns [n, n + count) of one row as float32; columns may be apart (an expanded gradient has stride 0).
+// Element columns [n, n + count) of one row as float32; columns may be apart (an expanded gradient
+// has stride 0).
 template <class T>
 FASTNN_INLINE Vec load_strided(const T* row, int64_t n, int count, int64_t stride) {
   if (stride == 1) return count == kLanes ? load(row + n) : load_first(row + n, count, 0.f);
@@ -29,7 +30,8 @@ void linear_slope_typed(const LinearBwdParams& p, int64_t begin, int64_t end, T*
         if (n >= p.N) continue;
         const int count = p.N - n < kLanes ? (int)(p.N - n) : kLanes;
         Vec g = load_strided(dy + m * p.dy.row_stride, n, count, p.dy.col_stride);
-        if constexpr (A != Activation::kNone) g = activate_bwd<A>(g, load_strided(slope + m * p.N, n, count, 1));
+        if constexpr (A != Activation::kNone)
+          g = activate_bwd<A>(g, load_strided(slope + m * p.N, n, count, 1));
         total[v] += g;
         if (dz != nullptr) {
           if (count == kLanes) {

@@ -1,8 +1,8 @@
-// Softmax and log-softmax. Three passes over a slice that is in cache after the first: maximum, exponentials and their
-// sum, result. All arithmetic in float32, whatever the storage type.
+// Softmax and log-softmax. Three passes over a slice that is in cache after the first: maximum,
+// exponentials and their sum, result. All arithmetic in float32, whatever the storage type.
 //
-// inner == 1: a slice is a row, lanes run along it. inner > 1: lanes run across neighbouring slices, which needs no
-// operation across lanes; a work item is a group of kGroup * kLanes slices.
+// inner == 1: a slice is a row, lanes run along it. inner > 1: lanes run across neighbouring
+// slices, which needs no operation across lanes; a work item is a group of kGroup * kLanes slices.
 #pragma once
 #include "cpu/simd/math.h"
 #include "params/softmax.h"
@@ -11,7 +11,8 @@ namespace fastnn {
 namespace {
 
 constexpr int kGroup = 4;  // vectors per column group: 256 bytes of each line of slices
-// Rows up to this length keep their exponentials in a float32 buffer that stays in L2; longer ones compute them twice.
+// Rows up to this length keep their exponentials in a float32 buffer that stays in L2; longer ones
+// compute them twice.
 constexpr int64_t kMaxBufferedCols = 65536;
 
 int64_t softmax_items(int64_t outer, int64_t inner) {
@@ -32,8 +33,8 @@ FASTNN_INLINE float row_max(const T* x, int64_t n) {
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// Sum of e^(x - m) over a row; with kKeep the exponentials go to `kept`. A NaN anywhere, an infinite maximum or a row of
-// -inf make the sum NaN, and with it the whole row, as torch has it.
+// Sum of e^(x - m) over a row; with kKeep the exponentials go to `kept`. A NaN anywhere, an
+// infinite maximum or a row of -inf make the sum NaN, and with it the whole row, as torch has it.
 template <bool kKeep, class T>
 FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
   const Vec top = splat(m);
@@ -101,7 +102,8 @@ struct Columns {
   int tail;
   template <class T>
   FASTNN_INLINE Vec at(const T* p, int v) const {
-    return v < V - 1 || tail == kLanes ? load(p + v * kLanes) : load_first(p + v * kLanes, tail, 0.f);
+    return v < V - 1 || tail == kLanes ? load(p + v * kLanes)
+                                       : load_first(p + v * kLanes, tail, 0.f);
   }
   template <class T>
   FASTNN_INLINE void put(T* p, int v, Vec x) const {
@@ -114,7 +116,8 @@ struct Columns {
 };
 
 template <int V, class TX, class TY>
-FASTNN_INLINE void softmax_columns(const TX* x, TY* y, int64_t n, int64_t inner, Columns<V> columns, bool log) {
+FASTNN_INLINE void softmax_columns(const TX* x, TY* y, int64_t n, int64_t inner, Columns<V> columns,
+                                   bool log) {
   Vec m[V], s[V];
   FASTNN_UNROLL for (int v = 0; v < V; ++v) {
     m[v] = splat(-__builtin_inff());
@@ -135,7 +138,8 @@ FASTNN_INLINE void softmax_columns(const TX* x, TY* y, int64_t n, int64_t inner,
   }
 }
 
-// Calls f(Columns<V>, offset of the group's first slice in the tensor) for item `item` of softmax_items.
+// Calls f(Columns<V>, offset of the group's first slice in the tensor) for item `item` of
+// softmax_items.
 template <class F>
 FASTNN_INLINE void with_columns(int64_t item, int64_t cols, int64_t inner, F f) {
   constexpr int64_t width = kGroup * kLanes;
@@ -157,13 +161,15 @@ void softmax_fwd_typed(const SoftmaxParams& p, int64_t begin, int64_t end, float
   const TX* const x = static_cast<const TX*>(p.x);
   TY* const y = static_cast<TY*>(p.y);
   if (p.inner == 1) {
-    for (int64_t r = begin; r < end; ++r) softmax_row(x + r * p.x_row_stride, y + r * p.cols, p.cols, p.log, scratch);
+    for (int64_t r = begin; r < end; ++r)
+      softmax_row(x + r * p.x_row_stride, y + r * p.cols, p.cols, p.log, scratch);
     return;
   }
   for (int64_t item = begin; item < end; ++item) {
-    with_columns(item, p.cols, p.inner, [&](auto columns, int64_t offset) __attribute__((always_inline)) {
-      softmax_columns(x + offset, y + offset, p.cols, p.inner, columns, p.log);
-    });
+    with_columns(item, p.cols, p.inner,
+                 [&](auto columns, int64_t offset) __attribute__((always_inline)) {
+                   softmax_columns(x + offset, y + offset, p.cols, p.inner, columns, p.log);
+                 });
   }
 }
 
@@ -207,7 +213,8 @@ FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n,
     s[0] = log ? s[0] + g : fma(g, w, s[0]);
   }
   const Vec sum = splat(sum_lanes((s[0] + s[1]) + (s[2] + s[3])));
-  for (i = 0; i + kLanes <= n; i += kLanes) store(dx + i, softmax_slope(load(dy + i), load(y + i), sum, log));
+  for (i = 0; i + kLanes <= n; i += kLanes)
+    store(dx + i, softmax_slope(load(dy + i), load(y + i), sum, log));
   if (i < n) {
     const int left = (int)(n - i);
     const Vec g = load_first(dy + i, left, 0.f), w = load_first(y + i, left, 0.f);
@@ -216,8 +223,8 @@ FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n,
 }
 
 template <int V, class TY, class TX>
-FASTNN_INLINE void softmax_bwd_columns(const TY* dy, const TY* y, TX* dx, int64_t n, int64_t inner, Columns<V> columns,
-                                       bool log) {
+FASTNN_INLINE void softmax_bwd_columns(const TY* dy, const TY* y, TX* dx, int64_t n, int64_t inner,
+                                       Columns<V> columns, bool log) {
   Vec s[V];
   FASTNN_UNROLL for (int v = 0; v < V; ++v) s[v] = zero();
   for (int64_t i = 0; i < n; ++i) {
@@ -246,9 +253,11 @@ void softmax_bwd_typed(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
     return;
   }
   for (int64_t item = begin; item < end; ++item) {
-    with_columns(item, p.cols, p.inner, [&](auto columns, int64_t offset) __attribute__((always_inline)) {
-      softmax_bwd_columns(dy + offset, y + offset, dx + offset, p.cols, p.inner, columns, p.log);
-    });
+    with_columns(item, p.cols, p.inner,
+                 [&](auto columns, int64_t offset) __attribute__((always_inline)) {
+                   softmax_bwd_columns(dy + offset, y + offset, dx + offset, p.cols, p.inner,
+                                       columns, p.log);
+                 });
   }
 }
 

@@ -16,7 +16,8 @@ FASTNN_INLINE Vec normal_cdf(Vec x) {
   const Vec half = erfc_absolute(abs(x) * kSqrtHalf) * 0.5f;
   return select(x >= zero(), 1.f - half, half);
 }
-FASTNN_INLINE Vec gelu_tanh_argument(Vec x) {  // twice the tanh argument: (1 + tanh(u)) / 2 = sigmoid(2u)
+FASTNN_INLINE Vec
+gelu_tanh_argument(Vec x) {  // twice the tanh argument: (1 + tanh(u)) / 2 = sigmoid(2u)
   return x * fma(x * x, 2.f * kGeluScale * kGeluCubic, 2.f * kGeluScale);
 }
 

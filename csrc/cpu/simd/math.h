@@ -1,17 +1,21 @@
-// exp, log, tanh, erf, sigmoid on vectors, over the whole float32 range, NaN and infinities included.
+// exp, log, tanh, erf, sigmoid on vectors, over the whole float32 range, NaN and infinities
+// included.
 //
-// Coefficients are minimax fits (iteratively reweighted least squares in 40-digit arithmetic, rounded to float32); the
-// error of each fit stands beside it. The largest errors measured against float64, in ulp, are stated in
-// fastnn/testing/policy.py and tested per instruction set (tests/test_vector_math.py).
+// Coefficients are minimax fits (iteratively reweighted least squares in 40-digit arithmetic,
+// rounded to float32); the error of each fit stands beside it. The largest errors measured against
+// float64, in ulp, are stated in fastnn/testing/policy.py and tested per instruction set
+// (tests/test_vector_math.py).
 #pragma once
 #include "cpu/simd/vec.h"
 
 namespace fastnn {
 namespace {
 
-// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2) / 2; e^r = 1 + r + r^2 q(r), fit 3.1e-9 relative.
+// e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln(2) / 2; e^r = 1 + r + r^2 q(r), fit 3.1e-9
+// relative.
 FASTNN_INLINE Vec exp(Vec x) {
-  // Outside, e^x rounds to 0 or to infinity anyway, and n stays within what scale_by_power takes. NaN passes.
+  // Outside, e^x rounds to 0 or to infinity anyway, and n stays within what scale_by_power takes.
+  // NaN passes.
   x = min(splat(89.f), max(splat(-104.f), x));
   const Vec n = round_even(x * 1.44269504f);
   // ln 2 in two parts, the first with 12 trailing zero bits so that n times it is exact.
@@ -24,7 +28,8 @@ FASTNN_INLINE Vec exp(Vec x) {
   return scale_by_power(fma(r * r, q, r) + 1.f, n);
 }
 
-// ln x = e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2/2 + f^3 q(f), fit 7.5e-10 relative.
+// ln x = e ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)); ln(1 + f) = f - f^2/2 + f^3 q(f),
+// fit 7.5e-10 relative.
 FASTNN_INLINE Vec log(Vec x) {
   const IVec tiny = as_int(x) < splat_int(0x00800000);  // subnormal, zero or negative
   const Vec scaled = select(tiny, x * 0x1p24f, x);
@@ -50,7 +55,8 @@ FASTNN_INLINE Vec log(Vec x) {
   return select(x < zero(), splat(__builtin_nanf("")), select(x != x, x, y));
 }
 
-// tanh x = x + x^3 q(x^2) below 0.55 (fit 1.0e-9 relative), 1 - 2 / (e^(2|x|) + 1) above; 1 from 9.1 on.
+// tanh x = x + x^3 q(x^2) below 0.55 (fit 1.0e-9 relative), 1 - 2 / (e^(2|x|) + 1) above; 1
+// from 9.1 on.
 FASTNN_INLINE Vec tanh(Vec x) {
   const Vec t = abs(x);
   const Vec s = x * x;
@@ -70,7 +76,8 @@ FASTNN_INLINE Vec sigmoid(Vec x) {
   return select(x >= zero(), splat(1.f), z) * reciprocal(z + 1.f);
 }
 
-// erf x = x + x q(x^2) below 0.9 (fit 6.1e-10 relative on [0, 0.95]); 1 - e^-g(x) up to 4 (fit 1.7e-9 relative), 1 above.
+// erf x = x + x q(x^2) below 0.9 (fit 6.1e-10 relative on [0, 0.95]); 1 - e^-g(x) up to 4
+// (fit 1.7e-9 relative), 1 above.
 FASTNN_INLINE Vec erf(Vec x) {
   const Vec s = x * x;
   Vec q = fma(splat(8.1850907e-05f), s, splat(-0.00080977025f));
@@ -91,8 +98,8 @@ FASTNN_INLINE Vec erf(Vec x) {
   return select(abs(x) < splat(0.9f), small, select(x != x, x, large));
 }
 
-// erfc x for x >= 0 within 3e-8 absolute: e^(-x q(x)), fitted on [0, 4.5] and still falling beyond. Half the work of
-// erf: enough for GELU, where it is added to numbers near 1.
+// erfc x for x >= 0 within 3e-8 absolute: e^(-x q(x)), fitted on [0, 4.5] and still falling beyond.
+// Half the work of erf: enough for GELU, where it is added to numbers near 1.
 FASTNN_INLINE Vec erfc_absolute(Vec x) {
   Vec q = fma(splat(3.14401842e-05f), x, splat(-0.000308802177f));
   q = fma(q, x, splat(0.00103240110f));

@@ -1,8 +1,9 @@
-// One vector interface for all instruction sets: compiler vector extensions, and a few helpers where the compiler does
-// not find the instruction by itself. The only place where an instruction set is named.
+// One vector interface for all instruction sets: compiler vector extensions, and a few helpers
+// where the compiler does not find the instruction by itself. The only place where an instruction
+// set is named.
 //
-// Everything is in an anonymous namespace: each cpu/isa_*.cpp compiles its own copy with its own flags, and none of it
-// may be visible to the linker (csrc/tools/check_fence.py).
+// Everything is in an anonymous namespace: each cpu/isa_*.cpp compiles its own copy with its own
+// flags, and none of it may be visible to the linker (csrc/tools/check_fence.py).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -42,7 +43,8 @@ constexpr bool kHasBf16Dot = true;
 constexpr bool kHasBf16Dot = false;
 #endif
 
-// What the compiler was told, not what somebody calls it: a run that claims another set than it used shows up in tests.
+// What the compiler was told, not what somebody calls it: a run that claims another set than it
+// used shows up in tests.
 #if defined(__AVX512BF16__)
 constexpr const char* kIsaName = "avx512_bf16";
 #elif defined(__AVX512VNNI__)
@@ -82,7 +84,8 @@ FASTNN_INLINE IVec as_int(Vec x) { return (IVec)x; }
 FASTNN_INLINE Vec as_float(IVec x) { return (Vec)x; }
 FASTNN_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
-// a * b + c, fused where the instruction set has it. Explicit, because contraction by the compiler is off
+// a * b + c, fused where the instruction set has it. Explicit, because contraction by the compiler
+// is off
 // (-ffp-contract=off): what is fused must not depend on the optimiser.
 FASTNN_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
@@ -134,7 +137,8 @@ FASTNN_INLINE Vec copysign(Vec magnitude, Vec sign) {
   return as_float((as_int(magnitude) & 0x7fffffff) | (as_int(sign) & (int32_t)0x80000000));
 }
 
-// Nearest integer, ties to even, for |x| < 2^22; anything goes beyond (callers clamp or do not care).
+// Nearest integer, ties to even, for |x| < 2^22; anything goes beyond (callers clamp or do not
+// care).
 FASTNN_INLINE Vec round_even(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -146,8 +150,8 @@ FASTNN_INLINE Vec round_even(Vec x) {
 #endif
 }
 
-// x * 2^n for integral n, right down to subnormal results; n = -inf gives 0 even where x is NaN only with AVX-512,
-// so callers clamp n elsewhere (math.h, exp).
+// x * 2^n for integral n, right down to subnormal results; n = -inf gives 0 even where x is NaN
+// only with AVX-512, so callers clamp n elsewhere (math.h, exp).
 FASTNN_INLINE Vec scale_by_power(Vec x, Vec n) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
@@ -173,7 +177,8 @@ FASTNN_INLINE Vec sqrt(Vec x) {
 #endif
 }
 
-// 1 / x for 2^-100 < |x| < 2^100 and NaN, within 1 ulp: an estimate and a Newton step where that beats a division.
+// 1 / x for 2^-100 < |x| < 2^100 and NaN, within 1 ulp: an estimate and a Newton step where that
+// beats a division.
 FASTNN_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
   const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
@@ -183,7 +188,8 @@ FASTNN_INLINE Vec reciprocal(Vec x) {
 #endif
 }
 
-// ---- memory: whole vectors, and the first n < kLanes lanes (the rest reads as `fill` and is not written)
+// ---- memory: whole vectors, and the first n < kLanes lanes (the rest reads as `fill` and is not
+// written)
 
 FASTNN_INLINE Vec load(const float* p) {
   Vec v;
@@ -246,9 +252,9 @@ FASTNN_INLINE Vec widen(Half16 h, Float16) {
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps((__m128i)h);
 #else
-  // Exponent and mantissa move to float32's places; the bias is corrected by one multiplication, which also makes
-  // subnormal halves normal. Infinity and NaN (exponent all ones) are set apart.
-  const IVec bits = (IVec)__builtin_convertvector(h, UVec);
+  // Exponent and mantissa move to float32's places; the bias is corrected by one multiplication,
+  // which also makes subnormal halves normal. Infinity and NaN (exponent all ones) are set apart.
+  const IVec bits = (IVec) __builtin_convertvector(h, UVec);
   const IVec magnitude = (bits & 0x7fff) << 13;
   const IVec special = magnitude >= splat_int(0x7c00 << 13);
   const Vec scaled = as_float(magnitude) * 0x1p112f;
@@ -267,7 +273,8 @@ FASTNN_INLINE Half16 narrow(Vec x, Float16) {
   // Normal results: round the lower 13 bits to even, then correct the exponent's bias.
   const IVec rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
   const IVec normal = (rounded - ((127 - 15) << 23)) >> 13;
-  // Subnormal results: adding 0.5 leaves multiples of 2^-24 in the low bits, rounded by the addition.
+  // Subnormal results: adding 0.5 leaves multiples of 2^-24 in the low bits, rounded by the
+  // addition.
   const IVec subnormal = as_int(as_float(magnitude) + 0.5f) - 0x3f000000;
   IVec half = (IVec)select(magnitude < splat_int(113 << 23), (Vec)subnormal, (Vec)normal);
   half = (IVec)select(rounded >= splat_int((127 + 16) << 23), (Vec)splat_int(0x7c00), (Vec)half);
@@ -350,7 +357,8 @@ FASTNN_INLINE float sum_lanes(Vec v) {
 }
 // NaN lanes may be dropped.
 FASTNN_INLINE float max_lanes(Vec v) {
-  return fold<kLanes>(v, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
+  return fold<kLanes>(v,
+                      [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 template <int... I>
