@@ -280,5 +280,9 @@ def test_tensor_hooks_and_retain_grad():
 
 def test_anomaly_mode_names_the_function():
     x = torch.randn(3, 5, requires_grad=True)
-    with torch.autograd.set_detect_anomaly(True), pytest.warns(UserWarning), pytest.raises(RuntimeError, match="Softmax"):
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.warns(UserWarning),
+        pytest.raises(RuntimeError, match="Softmax"),
+    ):
         softmax(x, -1).backward(torch.full((3, 5), float("nan")))

@@ -147,7 +147,6 @@ def _wide_cases() -> Iterator[Case]:
     for dim in (0, 1):
         yield from _both(f"to_float32_dim{dim}", "contiguous", (40, 50), dim, result=torch.float32, wide=True)
         yield from _both(f"to_float32_strided_dim{dim}", "strided", (40, 50), dim, result=torch.float32, wide=True)
-        yield from _both(f"to_float64_dim{dim}", "contiguous", (40, 50), dim, result=torch.float64, wide=True)
 
 
 CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases())

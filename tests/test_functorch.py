@@ -1,0 +1,150 @@
+"""functorch transforms and forward-mode AD give what torch's own ops give, in any combination."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
+
+import fastnn
+from fastnn import testing
+from fastnn.ops.linear import ACTIVATIONS, linear_reference
+from fastnn.testing import assert_within_budget, find_case, policy
+
+
+def tensor(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def functions():
+    for name, ours, theirs in (
+        ("softmax", fastnn.softmax, torch.softmax),
+        ("log_softmax", fastnn.log_softmax, torch.log_softmax),
+    ):
+        yield pytest.param(lambda x, f=ours: f(x, -1), lambda x, f=theirs: f(x, -1), id=name)
+    w, b = tensor(6, 5, seed=1), tensor(6, seed=2)
+    for activation in ACTIVATIONS:
+        yield pytest.param(
+            lambda x, a=activation: fastnn.linear(x, w, b, activation=a),
+            lambda x, a=activation: linear_reference(x, w, b, a),
+            id=f"linear-{activation}",
+        )
+
+
+both = pytest.mark.parametrize(("ours", "theirs"), list(functions()))
+
+
+def agree(ours, theirs):
+    for a, b in zip(torch.utils._pytree.tree_leaves(ours), torch.utils._pytree.tree_leaves(theirs), strict=True):
+        assert a.abs().max() > 1e-3, "nothing to compare"
+        assert_within_budget(a, b.double(), b, b.dtype, policy.GRADIENT_FACTOR)
+
+
+@both
+def test_vmap(ours, theirs):
+    x = tensor(4, 3, 5)
+    agree(vmap(ours)(x), vmap(theirs)(x))
+    agree(vmap(ours, in_dims=1)(x), vmap(theirs, in_dims=1)(x))
+    agree(vmap(vmap(ours))(x), vmap(vmap(theirs))(x))
+
+
+def test_vmap_over_weights():
+    x, w, b = tensor(3, 5), tensor(4, 6, 5), tensor(4, 6)
+    agree(
+        vmap(lambda w, b: fastnn.linear(x, w, b, activation="gelu"))(w, b),
+        vmap(lambda w, b: linear_reference(x, w, b, "gelu"))(w, b),
+    )
+
+
+@both
+def test_grad(ours, theirs):
+    x = tensor(3, 5)
+    agree(grad(lambda x: ours(x).square().sum())(x), grad(lambda x: theirs(x).square().sum())(x))
+
+
+@both
+def test_per_sample_grad(ours, theirs):
+    x = tensor(4, 5)
+    agree(vmap(grad(lambda x: ours(x).square().sum()))(x), vmap(grad(lambda x: theirs(x).square().sum()))(x))
+
+
+@both
+def test_jacobians(ours, theirs):
+    x = tensor(2, 5)
+    agree(jacrev(ours)(x), jacrev(theirs)(x))
+    agree(jacfwd(ours)(x), jacfwd(theirs)(x))
+
+
+@both
+def test_hessian(ours, theirs):
+    x = tensor(5)
+    agree(hessian(lambda x: ours(x).pow(3).sum())(x), hessian(lambda x: theirs(x).pow(3).sum())(x))
+
+
+@both
+def test_jvp_and_vjp(ours, theirs):
+    x, t = tensor(3, 5), tensor(3, 5, seed=3)
+    agree(jvp(ours, (x,), (t,)), jvp(theirs, (x,), (t,)))
+    agree(linearize(ours, x)[1](t), linearize(theirs, x)[1](t))
+    out, pull = vjp(theirs, x)
+    cotangent = tensor(*out.shape, seed=4)
+    agree(vjp(ours, x)[1](cotangent), pull(cotangent))
+
+
+@both
+def test_jvp_under_no_grad(ours, theirs):
+    """Forward mode does not ask for grad mode."""
+    x, t = tensor(3, 5), tensor(3, 5, seed=3)
+    with torch.no_grad():
+        agree(jvp(ours, (x,), (t,)), jvp(theirs, (x,), (t,)))
+
+
+@both
+def test_dual_numbers(ours, theirs):
+    x, t = tensor(3, 5), tensor(3, 5, seed=3)
+    with forward_ad.dual_level():
+        mine, other = (forward_ad.unpack_dual(f(forward_ad.make_dual(x, t))) for f in (ours, theirs))
+        agree([mine.primal, mine.tangent], [other.primal, other.tangent])
+
+
+def test_dual_weight():
+    x, w, t = tensor(3, 5), tensor(6, 5), tensor(6, 5, seed=3)
+    with forward_ad.dual_level():
+        mine = forward_ad.unpack_dual(fastnn.linear(x, forward_ad.make_dual(w, t), activation="silu")).tangent
+        other = forward_ad.unpack_dual(linear_reference(x, forward_ad.make_dual(w, t), None, "silu")).tangent
+        agree(mine, other)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layer_under_functional_call(frozen):
+    layer = fastnn.nn.Linear(5, 6, activation="gelu")
+    if frozen:
+        layer.freeze().eval()
+        with torch.no_grad():
+            layer(tensor(3, 5))
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = tensor(3, 5)
+    ours = grad(lambda p: functional_call(layer, p, (x,)).square().sum())(parameters)
+    theirs = grad(lambda p: linear_reference(x, p["weight"], p["bias"], "gelu").square().sum())(parameters)
+    agree([ours["weight"], ours["bias"]], [theirs["weight"], theirs["bias"]])
+    stacked = {name: torch.stack([p, p * 2]) for name, p in parameters.items()}
+    agree(
+        vmap(lambda p: functional_call(layer, p, (x,)))(stacked),
+        vmap(lambda p: linear_reference(x, p["weight"], p["bias"], "gelu"))(stacked),
+    )
+
+
+@pytest.mark.parametrize(("op", "name"), [("softmax", "rows"), ("linear", "gelu_bias")])
+def test_forced_kernel_refuses_in_words(op, name, extension):
+    case = find_case(op, name)
+    inputs = case.inputs(torch.float32)
+    with testing.best().forced(), pytest.raises(NotImplementedError, match=f"fastnn.{op}.*functorch"):
+        vmap(lambda x: case.call({**inputs, "input": x}))(inputs["input"])
+
+
+def test_transforms_leave_kernels_to_ordinary_calls(extension):
+    with fastnn.record() as runs:
+        vmap(lambda x: fastnn.softmax(x, -1))(tensor(2, 3))
+        fastnn.softmax(tensor(2, 3), -1)
+    assert sorted(run.backend for run in runs) == ["cpu", "reference"]

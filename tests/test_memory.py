@@ -1,0 +1,233 @@
+"""What is saved for backward, that nothing leaks, threads and forks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+
+import fastnn
+from fastnn import linear, log_softmax, softmax, testing
+from fastnn.ops.linear import ACTIVATIONS, linear_reference
+from fastnn.testing import find_case, same_bits
+
+
+def saved_bytes(call, parameters=()):
+    """Bytes that a call keeps for backward, each storage once, those of parameters (which live on anyway) aside."""
+    storages = {}
+    ours = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    del output
+    return sum(size for pointer, size in storages.items() if pointer not in ours)
+
+
+@pytest.mark.parametrize("wanted", ["input weight bias", "input", "weight", "input bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_saves_no_more_than_torch(activation, dtype, wanted):
+    def operands():
+        shapes = {"input": (40, 50), "weight": (60, 50), "bias": (60,)}
+        return [torch.randn(shape).to(dtype).requires_grad_(name in wanted) for name, shape in shapes.items()]
+
+    x, w, b = operands()
+    ours = saved_bytes(lambda: linear(x, w, b, activation=activation), (w, b))
+    theirs = saved_bytes(lambda: linear_reference(x, w, b, activation), (w, b))
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("function", [softmax, log_softmax])
+def test_softmax_saves_its_output_only(function):
+    x = torch.randn(40, 50, requires_grad=True)
+    assert saved_bytes(lambda: function(x, -1)) == x.nbytes
+    assert saved_bytes(lambda: function(x.t(), -1)) == x.nbytes
+
+
+def test_without_gradient_nothing_is_saved():
+    x, w = torch.randn(40, 50), torch.randn(60, 50)
+    assert saved_bytes(lambda: linear(x, w, activation="gelu")) == 0
+    with torch.no_grad():
+        assert saved_bytes(lambda: softmax(x.requires_grad_(), -1)) == 0
+
+
+STEPS = {
+    "softmax": lambda x, w, b: softmax(x, -1),
+    "log_softmax": lambda x, w, b: log_softmax(x, 0),
+    "linear": lambda x, w, b: linear(x, w, b, activation="gelu"),
+    "linear_relu": lambda x, w, b: linear(x, w, b, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_graph_is_freed_by_reference_counts(step):
+    """No cycle: everything goes when the last reference goes, without the garbage collector."""
+    x, w, b = (torch.randn(shape, requires_grad=True) for shape in ((4, 5), (6, 5), (6,)))
+    gc.collect()
+    gc.disable()
+    try:
+        output = STEPS[step](x, w, b)
+        alive = weakref.ref(output)
+        node = weakref.ref(output.grad_fn)
+        output.sum().backward(create_graph=False)
+        del output
+        assert alive() is None and node() is None
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def rss_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def invalid(raw):
+    try:
+        raw()
+    except (TypeError, ValueError, IndexError, NotImplementedError, RuntimeError):
+        return
+    raise AssertionError("the call is valid")
+
+
+def one_round(x, w, b):
+    for step in STEPS.values():
+        step(x, w, b).sum().backward()
+    x.grad = w.grad = b.grad = None
+    with torch.no_grad():
+        layer = fastnn.nn.Linear(w.shape[1], w.shape[0]).freeze().eval()
+        layer(x)
+        if "fastnn" in torch.ops._dir and testing.best().isa:  # errors in the bindings must not leak either
+            invalid(lambda: torch.ops.fastnn.linear_fwd(x, w, b[1:], 0, True, True))
+            invalid(lambda: torch.ops.fastnn.linear_bwd(x, x, w, None, 0, list(x.shape), [True] * 3, True))
+            invalid(lambda: torch.ops.fastnn.softmax_bwd(x, w, 0, False, torch.float32, True))
+
+
+def test_repeated_calls_do_not_leak():
+    """10 MB of tensors a round: one forgotten per round is 100 times the bound."""
+    x, w, b = torch.randn(1000, 600), torch.randn(700, 600), torch.randn(700)
+    x, w, b = x.requires_grad_(), w.requires_grad_(), b.requires_grad_()
+    for _ in range(5):
+        one_round(x, w, b)
+    before = rss_bytes()
+    for _ in range(40):
+        one_round(x, w, b)
+    assert rss_bytes() - before < 20e6
+
+
+def test_small_calls_do_not_leak():
+    x, w, b = (torch.randn(shape, requires_grad=True) for shape in ((4, 5), (6, 5), (6,)))
+    for _ in range(300):
+        one_round(x, w, b)
+    before = rss_bytes()
+    for _ in range(2000):
+        one_round(x, w, b)
+    assert rss_bytes() - before < 4e6
+
+
+def test_calls_from_many_threads():
+    """Forward and backward of everything at once, from threads of their own, give what one thread gives."""
+    work = [("softmax", "rows"), ("softmax", "log_columns"), ("linear", "gelu_bias"), ("linear", "packed_rows")]
+
+    def results(op, name):
+        case = find_case(op, name)
+        inputs = case.inputs(torch.float32)
+        leaves = {key: t.detach().requires_grad_(key in case.differentiable) for key, t in inputs.items()}
+        with torch.set_grad_enabled(bool(case.differentiable)):
+            output = case.call(leaves)
+        if not case.differentiable:
+            return [output]
+        wanted = [leaves[key] for key in case.differentiable]
+        return [output, *torch.autograd.grad(output, wanted, torch.ones_like(output))]
+
+    expected = {key: results(*key) for key in work}
+    wrong = []
+
+    def worker(start):
+        for i in range(60):
+            key = work[(start + i) % len(work)]
+            if not all(same_bits(a, b) for a, b in zip(results(*key), expected[key], strict=True)):
+                wrong.append(key)
+
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+FORK = """
+import os, signal, sys, warnings
+warnings.simplefilter("ignore")
+import torch, fastnn
+torch.set_num_threads(2)
+x, w = torch.randn(600, 500), torch.randn(700, 500)
+def work():
+    y = fastnn.linear(x.requires_grad_(), w.requires_grad_(), activation="gelu")
+    y = fastnn.softmax(y, -1)
+    return y.detach().numpy().tobytes()  # torch's own parallel operations, equal() among them, do hang in a child
+before = work()
+child = os.fork()
+if child == 0:
+    signal.alarm(40)
+    os._exit(0 if work() == before else 3)
+_, status = os.waitpid(child, 0)
+print("child", os.waitstatus_to_exitcode(status))
+assert work() == before
+"""
+
+
+def test_a_forked_child_does_not_hang(extension):
+    """After the parent has used its threads. Forward only: after a fork autograd's backward is torch's business."""
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=90)
+    assert done.stdout.strip() == "child 0", done.stderr[-2000:]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        x = torch.full((40, 50), float(index))
+        return linear(softmax(x, -1), torch.ones(60, 50), activation="relu")
+
+
+def test_in_data_loader_workers():
+    torch.set_num_threads(2)
+    try:
+        linear(torch.randn(600, 500), torch.randn(700, 500))
+        loaded = list(torch.utils.data.DataLoader(Rows(), batch_size=3, num_workers=2, timeout=60))
+    finally:
+        torch.set_num_threads(1)
+    assert len(loaded) == 2 and all(batch.shape == (3, 40, 60) for batch in loaded)
+    assert all(((batch - 1).abs() < 1e-5).all() for batch in loaded)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
+def test_thread_limit_is_respected():
+    """With one thread set, no call starts another; the kernels have no pool of their own."""
+    code = """
+import os, warnings
+warnings.simplefilter("ignore")
+import torch, fastnn
+torch.set_num_threads(1)
+torch.randn(500, 500) @ torch.randn(500, 500)
+before = len(os.listdir("/proc/self/task"))
+fastnn.softmax(fastnn.linear(torch.randn(600, 500), torch.randn(700, 500)), -1)
+print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
+    assert done.stdout.split() == ["0", "1"], done.stderr[-2000:]
