@@ -25,7 +25,7 @@ except ImportError as error:
     )
 
 
-library = torch.library.Library("fastnn", "FRAGMENT") if _C is not None else None
+library = torch.library.Library("fastnn", "FRAGMENT") if _C is not None else None  # type: ignore[no-untyped-call]
 """Where the fake (shape-only) kernels are registered; alive as long as the package."""
 
 

@@ -40,7 +40,8 @@ def record() -> Iterator[list[KernelRun]]:
     global _runs
     if _runs is not None:
         raise RuntimeError("fastnn.record: a recording is already on; blocks do not nest")
-    _runs = runs = []
+    runs: list[KernelRun] = []
+    _runs = runs
     if _extension._C is not None:
         _extension._C.record_start()
     try:

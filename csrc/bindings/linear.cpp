@@ -85,7 +85,8 @@ std::tuple<Tensor, OptionalTensor> fwd(const Tensor& input, const Tensor& weight
   return {output, pre};
 }
 
-Tensor pack(const Tensor& weight) {
+Tensor pack(const Tensor& weight, bool grad_handled) {
+  check_grad_handled(grad_handled, "linear_pack");
   const DType dtype = checked_dtype(weight, "linear_pack", "weight");
   check_weight(weight, "linear_pack");
   const int64_t N = weight.size(0), K = weight.size(1);
@@ -114,6 +115,7 @@ Tensor packed_fwd(const Tensor& input, const Tensor& packed, const OptionalTenso
                " contiguous float32 values; got shape ", shape_of(packed));
   LinearParams p = {};
   p.N = out_features;
+  p.is_packed = true;
   p.packed = packed.const_data_ptr();
   p.activation = checked_activation(activation, op);
   Tensor holder;
@@ -195,7 +197,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "linear_bwd(Tensor grad, Tensor? input, Tensor weight, Tensor? slope, int activation, "
       "SymInt[] input_shape, "
       "bool[3] mask, bool grad_handled=False) -> (Tensor?, Tensor?, Tensor?)");
-  m.def("linear_pack(Tensor weight) -> Tensor");
+  m.def("linear_pack(Tensor weight, bool grad_handled=False) -> Tensor");
   m.def(
       "linear_packed_fwd(Tensor input, Tensor packed, Tensor? bias, SymInt out_features, int "
       "activation, "

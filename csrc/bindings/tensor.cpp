@@ -27,7 +27,7 @@ std::string shape_text(const std::vector<int64_t>& sizes) {
 }
 std::string shape_of(const Tensor& t) { return shape_text(sizes_of(t)); }
 
-std::string dtype_name(ScalarType t) {
+std::string dtype_name(ScalarType t) {  // torch's Python names, not c10's
   switch (t) {
     case ScalarType::Float:
       return "float32";
@@ -37,6 +37,22 @@ std::string dtype_name(ScalarType t) {
       return "float16";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default:
       return torch::headeronly::toString(t);
   }

@@ -84,7 +84,7 @@ void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
 
 void linear_fwd(const LinearParams& p) {
   const KernelTable& table = kernels();
-  record_run(p.packed != nullptr ? "linear_packed_fwd" : "linear_fwd", table.isa);
+  record_run(p.is_packed ? "linear_packed_fwd" : "linear_fwd", table.isa);
   if (p.M == 0 || p.N == 0) return;
   const int64_t padded = round_up(p.N, kStrip);
   const Scratch bias_memory(p.bias != nullptr ? padded * 4 : 0);

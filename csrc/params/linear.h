@@ -19,8 +19,9 @@ struct Matrix {
 struct LinearParams {
   int64_t M, N, K;
   Matrix x;            // M x K
-  Matrix w;            // N x K; data is null where `packed` is given
-  const void* packed;  // the weight's packed copy (cpu/linear.h), or null
+  Matrix w;            // N x K; unused where is_packed
+  bool is_packed;      // the weight is read from its packed copy
+  const void* packed;  // that copy (cpu/linear.h); null also where it is empty
   const void* bias;    // N elements, or null
   int64_t bias_stride;
   Activation activation;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -79,50 +80,79 @@ def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, activat
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
 
 
+def activation_slope(slope: Tensor, activation: str | None) -> Tensor:
+    """f'(z) in plain PyTorch, from f(z) for relu, sigmoid and tanh, from z for the others."""
+    s = slope.float() if slope.dtype in (torch.bfloat16, torch.float16) else slope
+    if activation == "relu":
+        return (s > 0).to(s.dtype)
+    if activation == "sigmoid":
+        return s * (1 - s)
+    if activation == "tanh":
+        return 1 - s * s
+    if activation == "gelu":
+        return torch.special.ndtr(s) + s * torch.exp(-0.5 * s * s) / math.sqrt(2 * math.pi)
+    if activation == "gelu_tanh":
+        scale, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
+        p = torch.sigmoid(scale * (s + cubic * s**3))
+        return p + s * p * (1 - p) * scale * (1 + 3 * cubic * s * s)
+    p = torch.sigmoid(s)
+    return p + s * p * (1 - p)
+
+
 class LinearFunction(torch.autograd.Function):
-    """Saves input, weight and, where the activation's slope needs it, the output or the pre-activation."""
+    """Saves input and weight as wanted gradients need them, and the output or the pre-activation for the slope.
+
+    The pre-activation, where the slope needs it, is a second output that the wrapper hides: a saved output stays
+    connected to the graph, so second derivatives need nothing else to be saved.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str
-    ) -> Tensor:
-        """Runs the backend's forward kernel."""
-        save_pre = activation in _GRAD_FROM_INPUT
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs the backend's forward kernel; returns (output, pre-activation or None)."""
         fwd = _dispatch.KERNELS["linear"][backend].fwd
-        output, pre = fwd(input, weight, bias, ACTIVATION_CODE[activation], save_pre, True)
+        output, pre = fwd(input, weight, bias, ACTIVATION_CODE[activation], activation in _GRAD_FROM_INPUT, True)
         slope = output if activation in _GRAD_FROM_OUTPUT else pre
-        # The input is read for dW, and by the reference under create_graph; a plain product with a frozen weight
-        # needs neither.
-        keep_input = ctx.needs_input_grad[1] or activation is not None
-        ctx.save_for_backward(input if keep_input else None, weight, bias, slope)
-        ctx.activation, ctx.backend = activation, backend
-        ctx.input_shape = input.shape
-        return output
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, slope)
+        ctx.activation, ctx.backend, ctx.input_shape = activation, backend, input.shape
+        ctx.set_materialize_grads(False)
+        return output, pre
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Runs the backend's backward kernel, or differentiates the reference under create_graph."""
-        input, weight, bias, slope = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_pre: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Runs the backend's backward kernel, or the differentiable formula for higher derivatives."""
+        input, weight, slope = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            dx, dw, db = _differentiable_backward(grad, input, weight, bias, ctx, needs)
+        if grad is None and grad_pre is None:
+            return None, None, None, None, None
+        if torch.is_grad_enabled() or grad is None or grad_pre is not None:
+            found = linear_bwd_reference(grad, grad_pre, input, weight, slope, ctx.activation, needs)
         else:
             bwd = _dispatch.KERNELS["linear"][ctx.backend].bwd
-            dx, dw, db = bwd(
-                grad, input, weight, slope, ACTIVATION_CODE[ctx.activation], list(ctx.input_shape), list(needs), True
-            )
-        return dx, dw, db, None, None
+            code = ACTIVATION_CODE[ctx.activation]
+            found = bwd(grad, input, weight, slope, code, list(ctx.input_shape), list(needs), True)
+        return *found, None, None
 
 
-def _differentiable_backward(
-    grad: Tensor, input: Tensor | None, weight: Tensor, bias: Tensor | None, ctx: Any, needs: tuple[bool, ...]
-) -> list[Tensor | None]:
-    if input is None:  # a plain product with a frozen weight: dx is linear in grad, the input does not occur
-        return [grad @ weight, None, grad.flatten(0, -2).sum(0) if needs[2] else None]
-    operands = [t for t, wanted in zip((input, weight, bias), needs, strict=True) if wanted and t is not None]
-    output = linear_reference(input, weight, bias, ctx.activation)
-    found = iter(torch.autograd.grad(output, operands, grad, create_graph=True))
-    return [next(found) if wanted else None for wanted in needs]
+def linear_bwd_reference(
+    grad: Tensor | None,
+    grad_pre: Tensor | None,
+    input: Tensor | None,
+    weight: Tensor,
+    slope: Tensor | None,
+    activation: str | None,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dz = dy f'(z) + what came for z itself; dx = dz W, dW = dz^T x, db = sum of dz over rows, in plain PyTorch."""
+    parts = [] if grad_pre is None else [grad_pre]
+    if grad is not None:
+        parts.append(grad if slope is None else (grad * activation_slope(slope, activation)).to(grad.dtype))
+    dz = sum(parts[1:], parts[0])
+    rows = dz.reshape(-1, weight.shape[0])
+    dx = dz @ weight if needs[0] else None
+    dw = rows.t() @ input.reshape(-1, weight.shape[1]) if needs[1] and input is not None else None
+    return dx, dw, rows.sum(0) if needs[2] else None
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
@@ -153,6 +183,13 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
             )
     if not input.dtype.is_floating_point:
         raise TypeError(f"fastnn.linear: input must be floating point, got {input.dtype}")
+
+
+def _autocasts(input: Tensor) -> bool:
+    if input.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    device = input.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -190,10 +227,10 @@ def linear_maybe_packed(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, packed: Tensor | None
 ) -> Tensor:
     """`linear`, reading the weight from `packed` (`fastnn.ops.packing`) when no gradient is wanted."""
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and _autocasts(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = _autocast(input, dtype), _autocast(weight, dtype), _autocast(bias, dtype)  # type: ignore[assignment]
-        packed = packed if packed is not None and weight.dtype == torch.float32 == dtype else None
+        packed = None  # of the weight before the cast
     _check(input, weight, bias, activation)
     if weight.dim() == 1:
         return linear_maybe_packed(input, weight.unsqueeze(0), bias, activation, None).squeeze(-1)
@@ -206,7 +243,7 @@ def linear_maybe_packed(
     if torch.is_grad_enabled() and (
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return LinearFunction.apply(input, weight, bias, activation, backend)
+        return LinearFunction.apply(input, weight, bias, activation, backend)[0]  # type: ignore[no-untyped-call]
     if packed is not None and backend == "cpu":
         return torch.ops.fastnn.linear_packed_fwd.default(
             input, packed, bias, weight.shape[0], ACTIVATION_CODE[activation], True

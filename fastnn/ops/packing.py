@@ -22,6 +22,7 @@ class PackedWeight:
     def __init__(self) -> None:
         self._packed: Tensor | None = None
         self._key: tuple[Any, ...] = ()
+        self._source: Tensor | None = None  # holds the weight's memory: else another weight could get its address
 
     def get(self, weight: Tensor, training: bool) -> Tensor | None:
         """The packed copy of `weight`, or None where the rule forbids it or no kernel reads one."""
@@ -43,14 +44,13 @@ class PackedWeight:
             _extension._C.isa(),
         )
         if self._packed is None or key != self._key:
-            with torch.no_grad():
-                self._packed = torch.ops.fastnn.linear_pack.default(weight.detach())
-            self._key = key
+            self._packed = torch.ops.fastnn.linear_pack.default(weight.detach(), True)
+            self._key, self._source = key, weight.detach()
         return self._packed
 
     def drop(self) -> None:
         """Forgets the packed copy and frees its memory."""
-        self._packed = None
+        self._packed = self._source = None
         self._key = ()
 
     @property

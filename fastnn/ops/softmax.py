@@ -87,7 +87,7 @@ def _softmax(name: str, log: bool, input: Tensor, dim: int, dtype: torch.dtype |
         note_reference("softmax_fwd")
         return (log_softmax_reference if log else softmax_reference)(input, dim, dtype)
     if input.requires_grad and torch.is_grad_enabled():
-        return SoftmaxFunction.apply(input, dim, log, dtype, backend)
+        return SoftmaxFunction.apply(input, dim, log, dtype, backend)  # type: ignore[no-untyped-call]
     return _dispatch.KERNELS["softmax"][backend].fwd(input, dim, log, dtype, True)
 
 

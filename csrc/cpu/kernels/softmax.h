@@ -33,33 +33,51 @@ FASTNN_INLINE float row_max(const T* x, int64_t n) {
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
+template <class T>
+FASTNN_INLINE Vec load_some(const T* p, int count) {
+  return count == kLanes ? load(p) : load_first(p, count, 0.f);
+}
+
+// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes. Two
+// chains hide the latency; each block starts from zero, so that rounding errors grow with the
+// block's length and not with the row's.
+template <class F>
+FASTNN_INLINE float row_sum(int64_t n, F f) {
+  constexpr int64_t kBlock = 64 * kLanes;
+  Vec total = zero();
+  int64_t i = 0;
+  while (i + 2 * kLanes <= n) {
+    const int64_t stop = i + kBlock < n ? i + kBlock : n;
+    Vec s[2] = {zero(), zero()};
+    for (; i + 2 * kLanes <= stop; i += 2 * kLanes) {
+      s[0] += f(i, kLanes);
+      s[1] += f(i + kLanes, kLanes);
+    }
+    total += s[0] + s[1];
+  }
+  for (; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? (int)(n - i) : kLanes;
+    total += keep_first(f(i, count), count);
+  }
+  return sum_lanes(total);
+}
+
 // Sum of e^(x - m) over a row; with kKeep the exponentials go to `kept`. A NaN anywhere, an
 // infinite maximum or a row of -inf make the sum NaN, and with it the whole row, as torch has it.
 template <bool kKeep, class T>
 FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
   const Vec top = splat(m);
-  Vec s[2] = {zero(), zero()};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    FASTNN_UNROLL for (int k = 0; k < 2; ++k) {
-      const Vec e = exp(load(x + i + k * kLanes) - top);
-      if constexpr (kKeep) store(kept + i + k * kLanes, e);
-      s[k] += e;
+  return row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
+    const Vec e = exp(load_some(x + i, count) - top);
+    if constexpr (kKeep) {
+      if (count == kLanes) {
+        store(kept + i, e);
+      } else {
+        store_first(kept + i, e, count);
+      }
     }
-  }
-  for (; i < n; i += kLanes) {
-    const int left = n - i < kLanes ? (int)(n - i) : kLanes;
-    const Vec x_left = left == kLanes ? load(x + i) : load_first(x + i, left, 0.f);
-    Vec e = exp(x_left - top);
-    if (left == kLanes) {
-      if constexpr (kKeep) store(kept + i, e);
-    } else {
-      if constexpr (kKeep) store_first(kept + i, e, left);
-      e = keep_first(e, left);
-    }
-    s[0] += e;
-  }
-  return sum_lanes(s[0] + s[1]);
+    return e;
+  });
 }
 
 // y[i] = f(x[i]) over a row.
@@ -198,22 +216,12 @@ FASTNN_INLINE Vec softmax_slope(Vec dy, Vec y, Vec sum, bool log) {
 
 template <class TY, class TX>
 FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n, bool log) {
-  Vec s[4] = {zero(), zero(), zero(), zero()};
+  const Vec sum = splat(row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
+    const Vec g = load_some(dy + i, count);
+    return log ? g : g * load_some(y + i, count);
+  }));
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    FASTNN_UNROLL for (int k = 0; k < 4; ++k) {
-      const Vec g = load(dy + i + k * kLanes);
-      s[k] = log ? s[k] + g : fma(g, load(y + i + k * kLanes), s[k]);
-    }
-  }
-  for (; i < n; i += kLanes) {
-    const int left = n - i < kLanes ? (int)(n - i) : kLanes;
-    const Vec g = left == kLanes ? load(dy + i) : load_first(dy + i, left, 0.f);
-    const Vec w = left == kLanes ? load(y + i) : load_first(y + i, left, 0.f);
-    s[0] = log ? s[0] + g : fma(g, w, s[0]);
-  }
-  const Vec sum = splat(sum_lanes((s[0] + s[1]) + (s[2] + s[3])));
-  for (i = 0; i + kLanes <= n; i += kLanes)
+  for (; i + kLanes <= n; i += kLanes)
     store(dx + i, softmax_slope(load(dy + i), load(y + i), sum, log));
   if (i < n) {
     const int left = (int)(n - i);
