@@ -124,6 +124,8 @@ class LinearFunction(torch.autograd.Function):
         """Runs the backend's backward kernel, or the differentiable formula for higher derivatives."""
         input, weight, slope = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        if torch.compiler.is_compiling():
+            grad_pre = None  # traced as zeros; torch.compile has no second derivatives that could make it anything else
         if grad is None and grad_pre is None:
             return None, None, None, None, None
         if torch.is_grad_enabled() or grad is None or grad_pre is not None:
