@@ -1,0 +1,206 @@
+"""The raw operators: private, but a call of one may never drop a gradient in silence, and torch's own checks pass."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
+from torch.func import grad, jvp, vmap
+
+from fastnn import _extension, testing
+from fastnn.ops.linear import ACTIVATION_CODE, ACTIVATIONS
+from fastnn.testing import assert_within_budget, cases, op_names, policy, same_bits
+
+pytestmark = pytest.mark.usefixtures("extension")
+
+RAW = ("linear_bwd", "linear_fwd", "linear_pack", "linear_packed_fwd", "softmax_bwd", "softmax_fwd")
+
+
+def raw(name):
+    return getattr(torch.ops.fastnn, name).default
+
+
+def tensor(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def samples(dtype=torch.float32):
+    """(operator, arguments without grad_handled) for every raw operator, in many forms."""
+    x, w, b = tensor(5, 12, dtype=dtype), tensor(7, 12, dtype=dtype, seed=1), tensor(7, dtype=dtype, seed=2)
+    g, pre = tensor(5, 7, dtype=dtype, seed=3), tensor(5, 7, dtype=dtype, seed=4)
+    deep, strided = tensor(2, 3, 12, dtype=dtype), tensor(5, 24, dtype=dtype)[:, ::2]
+    for log in (False, True):
+        yield "softmax_fwd", (x, 1, log, None)
+        yield "softmax_fwd", (strided, 0, log, None)
+        yield "softmax_fwd", (deep.permute(2, 0, 1), -2, log, None)
+        yield "softmax_fwd", (x, 1, log, torch.float32)
+        y = torch.softmax(x, 1) if not log else torch.log_softmax(x, 1)
+        yield "softmax_bwd", (x, y, 1, log, dtype)
+        yield "softmax_bwd", (strided, y, 1, log, dtype)
+    for activation in (0, 1, 2):
+        yield "linear_fwd", (x, w, b, activation, activation == 2)
+        yield "linear_fwd", (strided, w, None, activation, True)
+        yield "linear_fwd", (deep, w, b, activation, False)
+        yield "linear_bwd", (g, x, w, pre, activation, [5, 12], [True, True, True])
+        yield "linear_bwd", (g.t().contiguous().t(), x, w, pre, activation, [5, 12], [False, True, False])
+        yield "linear_bwd", (g, None, w, pre, activation, [5, 12], [True, False, True])
+    yield "linear_pack", (w,)
+    with torch.no_grad():
+        packed = torch.ops.fastnn.linear_pack(w)
+    yield "linear_packed_fwd", (x, packed, b, 7, 1)
+    yield "linear_packed_fwd", (deep, packed, None, 7, 2)
+
+
+def handled(name, arguments):
+    """With `grad_handled` where the operator has it."""
+    has = any(argument.name == "grad_handled" for argument in raw(name)._schema.arguments)
+    return (*arguments, True) if has else tuple(arguments)
+
+
+def wants_gradient(arguments):
+    return tuple(
+        a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
+    )
+
+
+SAMPLES = list(samples()) if _extension._C is not None else []
+IDS = [f"{name}-{index}" for index, (name, _) in enumerate(SAMPLES)]
+ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+CHECKS = {"linear_pack": ALL_CHECKS[:2]}  # never traced: the size of its result depends on the instruction set
+every_sample = pytest.mark.parametrize(("name", "arguments"), SAMPLES, ids=IDS)
+
+
+def test_these_are_all():
+    """Nothing is registered in the namespace beyond what is tested here."""
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
+    assert registered == set(RAW) == {name for name, _ in SAMPLES}
+
+
+@every_sample
+def test_opcheck(name, arguments):
+    """Schema, autograd registration, fake tensors with true strides, tracing with dynamic shapes."""
+    torch.library.opcheck(raw(name), handled(name, arguments), test_utils=CHECKS.get(name, ALL_CHECKS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck_of_half_precision(dtype):
+    for name, arguments in samples(dtype):
+        checks = set(CHECKS.get(name, ALL_CHECKS)) & {"test_schema", "test_faketensor"}
+        torch.library.opcheck(raw(name), handled(name, arguments), test_utils=sorted(checks))
+
+
+@every_sample
+def test_gradient_is_right_or_refused(name, arguments):
+    """Called bare on inputs that require grad, in grad mode."""
+    arguments = wants_gradient(arguments)
+    try:
+        result = raw(name)(*arguments)
+    except RuntimeError as error:
+        assert name in str(error) and "gradient" in str(error)
+        return
+    pytest.fail(f"{name} returned {type(result).__name__}: its gradient is dropped without a word")
+
+
+@pytest.mark.parametrize("name", [name for name in RAW if name.endswith("_fwd")])
+def test_gradient_by_functorch_is_refused(name):
+    arguments = next(a for n, a in SAMPLES if n == name)
+
+    def first(x):
+        result = raw(name)(x, *arguments[1:])
+        return (result[0] if isinstance(result, tuple) else result).sum()
+
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="gradient"):
+        warnings.simplefilter("ignore")
+        grad(first)(arguments[0])
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="gradient"):
+        warnings.simplefilter("ignore")
+        jvp(first, (arguments[0],), (arguments[0],))
+
+
+@every_sample
+def test_runs_without_grad_mode(name, arguments):
+    """As inference does: also on tensors that require grad."""
+    with torch.no_grad():
+        found = raw(name)(*wants_gradient(arguments))
+    expected = raw(name)(*handled(name, arguments))
+    for ours, other in zip(_tensors(found), _tensors(expected), strict=True):
+        assert same_bits(ours, other)
+
+
+@every_sample
+def test_fake_tensor_has_the_real_shape_strides_and_dtype(name, arguments):
+    real = raw(name)(*handled(name, arguments))
+    with FakeTensorMode() as mode:
+        given = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in handled(name, arguments)]
+        if name in CHECKS:
+            with pytest.raises(UnsupportedOperatorException):
+                raw(name)(*given)
+            return
+        fake = raw(name)(*given)
+    for r, f in zip(_tensors(real), _tensors(fake), strict=True):
+        assert (f.shape, f.stride(), f.dtype, f.device) == (r.shape, r.stride(), r.dtype, r.device)
+
+
+def _tensors(result):
+    return [t for t in (result if isinstance(result, (tuple, list)) else (result,)) if t is not None]
+
+
+def test_vmap_falls_back_and_is_right():
+    """Slow, one sample at a time, but not wrong."""
+    name, arguments = SAMPLES[0]
+    x = torch.stack([arguments[0], arguments[0] * 2])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        found = vmap(lambda t: raw(name)(t, *handled(name, arguments)[1:]))(x)
+    for ours, one in zip(found, x, strict=True):
+        assert same_bits(ours, raw(name)(one, *handled(name, arguments)[1:]))
+
+
+@every_sample
+def test_inputs_are_not_written(name, arguments):
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    with testing.poisoned():
+        raw(name)(*handled(name, arguments))
+    for a, b in zip(arguments, before, strict=True):
+        assert not isinstance(a, torch.Tensor) or same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_pre_activation_is_what_backward_needs(activation, dtype):
+    x, w, b = tensor(9, 17, dtype=dtype), tensor(19, 17, dtype=dtype, seed=1), tensor(19, dtype=dtype, seed=2)
+    output, pre = raw("linear_fwd")(x, w, b, ACTIVATION_CODE[activation], True, True)
+    linear = torch.nn.functional.linear
+    truth, rival = linear(x.double(), w.double(), b.double()), linear(x, w, b)
+    assert_within_budget(pre, truth, rival, dtype, policy.FORWARD_FACTOR)
+    assert_within_budget(
+        output, ACTIVATIONS[activation](truth), ACTIVATIONS[activation](rival), dtype, policy.FORWARD_FACTOR
+    )
+
+
+@pytest.mark.parametrize("mask", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+def test_backward_gives_what_the_mask_asks_for(mask):
+    x, w, g = tensor(5, 12), tensor(7, 12, seed=1), tensor(5, 7, seed=2)
+    found = raw("linear_bwd")(g, x, w, None, 0, [5, 12], [bool(m) for m in mask], True)
+    assert [t is not None for t in found] == [bool(m) for m in mask]
+
+
+def test_activation_codes_agree():
+    """The order in Python is the order in C++: each code computes what its name says."""
+    x, eye = tensor(3, 8) * 3, torch.eye(8)
+    for name, code in ACTIVATION_CODE.items():
+        ours = raw("linear_fwd")(x, eye, None, code, False, True)[0]
+        rival = ACTIVATIONS[name](x)
+        assert_within_budget(
+            ours, ACTIVATIONS[name](x.double()), rival, torch.float32, policy.FORWARD_FACTOR, where=name
+        )
+
+
+def test_cases_name_every_raw_operator():
+    named = {
+        kernel for op in op_names() for case in cases(op) for kernel in (case.forward_kernel, case.backward_kernel)
+    }
+    assert named - {""} == set(RAW) - {"linear_pack"}  # which the frozen layer calls: tests/test_ops_packing.py
