@@ -2,6 +2,7 @@
 // or allocates. cpu/<op>.cpp splits the work over threads and calls them.
 #pragma once
 #include "cpu/gemm/params.h"
+#include "params/limits.h"
 #include "params/linear.h"
 #include "params/softmax.h"
 
@@ -33,6 +34,10 @@ struct KernelTable {
   void (*from_float32)(const float* x, int64_t n, DType dtype, void* y);
 
   void (*vector_math)(MathFunction f, const float* x, float* y, int64_t n);
+
+  // Of the machine, not of an op (cpu/limits.cpp).
+  int64_t (*peak_operations)(PeakKind kind, int64_t steps, float* sink);
+  float (*stream)(const StreamParams& p);
 };
 
 }  // namespace fastnn
