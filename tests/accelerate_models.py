@@ -63,13 +63,12 @@ def entry(report, name):
 
 def state_of(model):
     """Everything by which one could tell that a model was touched."""
-    return [
-        (name, type(module), list(vars(module)), [id(v) for v in vars(module).values()])
-        + tuple(
-            (k, id(v), v._version) for k, v in [*module._parameters.items(), *module._buffers.items()] if v is not None
-        )
-        for name, module in model.named_modules()
-    ]
+    found = []
+    for name, module in model.named_modules():
+        found.append((name, type(module), list(vars(module)), [id(v) for v in vars(module).values()]))
+        tensors = {**module._parameters, **module._buffers}
+        found += [(key, id(tensor), tensor._version) for key, tensor in tensors.items() if tensor is not None]
+    return found
 
 
 def assert_same_answers(ours, original, *args, **kwargs):

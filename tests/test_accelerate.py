@@ -302,7 +302,7 @@ def test_compiles_as_one_graph(training):
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="accelerate: model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"accelerate: model must be a torch\.nn\.Module, got str"):
         fastnn.accelerate("model")
     with pytest.raises(ValueError, match="without a shape yet"):
         fastnn.accelerate(nn.Sequential(nn.LazyLinear(3)))

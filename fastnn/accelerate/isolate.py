@@ -35,7 +35,8 @@ class Attempt:
         if kind is None or not issubclass(kind, Exception):
             return False
         text = str(error).strip()
-        self.failure = f"{kind.__name__}: {text.splitlines()[0][:160]}" if text else kind.__name__
+        first = text.splitlines()[0].partition(". ")[0][:160] if text else ""
+        self.failure = f"{kind.__name__}: {first}" if first else kind.__name__
         return True
 
 

@@ -86,6 +86,8 @@ class _Changes:
         """Applies what agrees; what was checked, in words."""
         from .verify import Verifier, undo_culprits
 
+        if not self.all:
+            return "nothing to check"
         verifier = Verifier(model, example_inputs)
         self.apply()
         if not verifier.has_outputs:
