@@ -48,6 +48,7 @@ THREADED = [
     ("linear", "wide_m513"),
     ("linear", "wide_columns"),
     ("linear", "packed_wide_blocks"),
+    ("linear", "packed_wide_rows"),
     ("softmax", "wide_many_rows"),
     ("softmax", "log_wide_inner_1000"),
     ("softmax", "wide_40000"),
