@@ -72,5 +72,5 @@ def load() -> Encoder:
     transformers.utils.logging.disable_progress_bar()
     folder = str(model_folder())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    return Encoder(model.eval(), tokenizer)
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+    return Encoder(model.float().eval(), tokenizer)
