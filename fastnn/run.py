@@ -25,6 +25,7 @@ from .bench.allocators import CANDIDATES, PLAIN, environment, owned
 from .bench.files import write_atomically
 from .bench.limits import cache_folder
 from .bench.machine import describe
+from .bench.probe import SMALL
 
 _SMALL_LOSS = 1.05
 """A setting under which the small workload takes more than this share of its plain time is not chosen."""
@@ -32,7 +33,6 @@ _SMALL_LOSS = 1.05
 _WORTH = 1.1
 """The least gain over plain, on average of the large workloads, for which a setting is chosen."""
 
-_SMALL = "small layer"
 
 _PROBE_SECONDS = 120.0
 
@@ -50,7 +50,7 @@ class Choice:
 def _file() -> Path:
     found = describe()
     libc = "".join(platform.libc_ver())
-    key = f"{found['key']}-{libc}-{torch.__version__}-{found['huge_pages']}-{torch.get_num_threads()}t"
+    key = f"{found['key']}-{libc}-{torch.__version__}-{found['huge_pages']}"
     return cache_folder() / f"allocator-{key}.json"
 
 
@@ -78,13 +78,13 @@ def probe(name: str) -> dict[str, Any]:
 def gain(measured: dict[str, Any], name: str) -> float:
     """How many times faster than plain the large workloads are, on (geometric) average."""
     plain, other = measured[PLAIN]["times"], measured[name]["times"]
-    ratios = [plain[work] / other[work] for work in plain if work != _SMALL]
+    ratios = [plain[work] / other[work] for work in plain if work != SMALL]
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def choose(measured: dict[str, Any]) -> Choice:
     """The setting with the greatest gain among those that leave the small workload as it is."""
-    small = {name: found["times"][_SMALL] for name, found in measured.items()}
+    small = {name: found["times"][SMALL] for name, found in measured.items()}
     harmless = [name for name in measured if small[name] <= _SMALL_LOSS * small[PLAIN]]
     best = max(harmless, key=lambda name: gain(measured, name))
     if gain(measured, best) < _WORTH:
@@ -93,7 +93,7 @@ def choose(measured: dict[str, Any]) -> Choice:
 
 
 def choice(fresh: bool = False) -> Choice:
-    """The setting for this machine: from the user's cache folder, or measured now (about five seconds)."""
+    """The setting for this machine: from the user's cache folder, or measured now (some seconds)."""
     given = sorted(name for name in os.environ if owned(name))
     if given:
         return Choice("", f"{', '.join(given)} set already: left alone", {})
@@ -124,10 +124,10 @@ def explanation(chosen: Choice) -> str:
         lines += [f"  {name}={value}" for name, value in found.items()] or ["  (no variable is set)"]
     if chosen.measured:
         works = list(chosen.measured[PLAIN]["times"])
-        lines.append(f"{'setting':<8}" + "".join(f"{work:>20}" for work in works) + f"{'gain':>8}{'peak memory':>14}")
+        lines.append(f"{'setting':<12}" + "".join(f"{work:>20}" for work in works) + f"{'gain':>8}{'peak memory':>14}")
         for name, found in chosen.measured.items():
             times = "".join(f"{found['times'][work] * 1e3:>17.3f} ms" for work in works)
-            lines.append(f"{name:<8}{times}{gain(chosen.measured, name):>7.2f}x{found['peak'] / 2**20:>10.0f} MiB")
+            lines.append(f"{name:<12}{times}{gain(chosen.measured, name):>7.2f}x{found['peak'] / 2**20:>10.0f} MiB")
     return "\n".join(lines)
 
 

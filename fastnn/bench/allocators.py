@@ -13,19 +13,13 @@ PLAIN = "plain"
 """Torch as installed, as people run it."""
 
 TUNED = "tuned"
-"""Huge pages for what malloc hands out."""
-
-SETTINGS: dict[str, dict[str, str]] = {
-    PLAIN: {},
-    TUNED: {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "1"},
-}
-"""Setting -> environment variables. The first is glibc's malloc on huge pages, the second torch's own switch."""
+"""malloc on huge pages, keeping what is freed (up to 1 GiB) for the next block instead of giving it back."""
 
 _KEPT = 1 << 30
 
-CANDIDATES: dict[str, dict[str, str]] = {
-    **SETTINGS,
-    "kept": {
+SETTINGS: dict[str, dict[str, str]] = {
+    PLAIN: {},
+    TUNED: {
         "GLIBC_TUNABLES": ":".join(
             [
                 "glibc.malloc.hugetlb=1",
@@ -35,7 +29,13 @@ CANDIDATES: dict[str, dict[str, str]] = {
         )
     },
 }
-"""What `python -m fastnn run` chooses from. `kept` also holds on to freed memory, up to 1 GiB, for the next block."""
+"""Setting -> environment variables."""
+
+CANDIDATES: dict[str, dict[str, str]] = {
+    **SETTINGS,
+    "huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+}
+"""What `python -m fastnn run` chooses from."""
 
 _OWNED = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE")
 

@@ -119,10 +119,10 @@ class EagerOut(Contender):
 
     def prepare(self, case: BenchCase, inputs: Inputs, threads: int, setting: str) -> Runner:
         """The call with `out=`."""
-        (out,) = (torch.empty_like(t) for t in case.run(case.torch_call, inputs))
         into = case.out_call
         if into is None:
             raise ValueError(self.why_not(case))
+        (out,) = (torch.empty_like(t) for t in case.run(case.torch_call, inputs))
 
         def results() -> Results:
             into(inputs, out)

@@ -6,6 +6,7 @@ one thread those that run on torch's own threads share a process per allocator s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -28,6 +29,9 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
 
 OPEN_SECONDS, SAMPLE_SECONDS = 600.0, 300.0
 """How long a contender may take to prepare (compile) a case, and for one sample."""
+
+STOP_SECONDS = 5.0
+"""How long a process may take to end by itself."""
 
 _SETTLE_SECONDS = 0.004
 """A pause before another multi-threaded process runs: OpenMP's workers spin for about a millisecond after work."""
@@ -122,9 +126,10 @@ class WorkerProcess:
         """Ends the process."""
         for pipe in (self._child.stdin, self._child.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(OSError):  # what was still to be written to a dead process
+                    pipe.close()
         try:
-            self._child.wait(5)
+            self._child.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
