@@ -215,21 +215,26 @@ def test_in_data_loader_workers():
     assert all(((batch - 1).abs() < 1e-5).all() for batch in loaded)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
-def test_thread_limit_is_respected():
-    """With one thread set, no call starts another; the kernels have no pool of their own."""
-    code = """
+THREADS = """
 import os, warnings
 warnings.simplefilter("ignore")
-import torch, fastnn
-torch.set_num_threads(1)
-torch.randn(500, 500) @ torch.randn(500, 500)
+import numpy, torch, fastnn
+torch.set_num_threads({threads})
+x, w = (torch.from_numpy(numpy.ones((n, 500), numpy.float32)) for n in (600, 700))  # torch.ones would start threads
 before = len(os.listdir("/proc/self/task"))
-fastnn.softmax(fastnn.linear(torch.randn(600, 500), torch.randn(700, 500)), -1)
-print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
+{call}
+print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads(), fastnn._extension._C.threads())
 """
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("call", ["fastnn.softmax(x, -1)", "fastnn.linear(x, w)"])
+def test_as_many_threads_as_torch_says(call, threads, extension):
+    """One set: no call starts another, the kernels have no pool of their own. Two set: a large call uses both."""
+    code = THREADS.format(threads=threads, call=call)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
-    assert done.stdout.split() == ["0", "1"], done.stderr[-2000:]
+    assert done.stdout.split() == [str(threads - 1), str(threads), str(threads)], done.stderr[-2000:]
 
 
 def available_bytes():

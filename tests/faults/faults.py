@@ -201,6 +201,20 @@ KERNEL_FAULTS = [
         sets=2,
     ),
     Fault(
+        "no kernel ever uses a second thread",
+        "csrc/cpu/parallel.cpp",
+        "  g_pool = pool;\n",
+        "",
+        ("tests/test_memory.py::test_as_many_threads_as_torch_says",),
+    ),
+    Fault(
+        "softmax: half-precision rows too long for the buffer are added up instead of scaled",
+        SOFTMAX,
+        "return exp(v - top) * scale;",
+        "return exp(v - top) + scale;",
+        ("tests/test_ops_sweep.py::test_sweep_everywhere[softmax-wide_70001-{isa}]",),
+    ),
+    Fault(
         "the poison switch does nothing",
         "csrc/cpu/memory.cpp",
         "g_poison.store(on, std::memory_order_relaxed);",
