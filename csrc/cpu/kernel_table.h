@@ -2,6 +2,7 @@
 // or allocates. cpu/<op>.cpp splits the work over threads and calls them.
 #pragma once
 #include "cpu/gemm/params.h"
+#include "params/cross_entropy.h"
 #include "params/linear.h"
 #include "params/softmax.h"
 
@@ -16,6 +17,10 @@ struct KernelTable {
   int64_t (*softmax_items)(int64_t outer, int64_t inner);
   void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
   void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
+
+  // Rows [begin, end).
+  void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
+  void (*cross_entropy_bwd)(const CrossEntropyBwdParams& p, int64_t begin, int64_t end);
 
   // Rows [m0, m1) and columns [n0, n1) of c; n0 a multiple of kStrip. scratch:
   // gemm_scratch_floats(p).

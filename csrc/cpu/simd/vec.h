@@ -323,14 +323,29 @@ FASTNN_INLINE float to_float(T x) {
 
 // ---- across lanes
 
+// Whether any lane of a and b differs (NaN differs from everything).
+FASTNN_INLINE bool any_differs(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NEQ_UQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NEQ_UQ)) != 0;
+#else
+  const IVec differs = a != b;
+  return (differs[0] | differs[1] | differs[2] | differs[3]) != 0;
+#endif
+}
+
 template <int... I>
 FASTNN_INLINE IVec lane_numbers(std::integer_sequence<int, I...>) {
   return IVec{I...};
 }
-// The first n lanes, zero in the others.
-FASTNN_INLINE Vec keep_first(Vec v, int n) {
-  return select(lane_numbers(std::make_integer_sequence<int, kLanes>{}) < splat_int(n), v, zero());
+// The first n lanes; the others become `fill`.
+FASTNN_INLINE Vec fill_rest(Vec v, int n, float fill) {
+  if (n == kLanes) return v;
+  return select(lane_numbers(std::make_integer_sequence<int, kLanes>{}) < splat_int(n), v,
+                splat(fill));
 }
+FASTNN_INLINE Vec keep_first(Vec v, int n) { return fill_rest(v, n, 0.f); }
 
 template <int N>
 struct Narrower {
