@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from . import _extension, nn, ops
+from . import nn, ops
 from ._dispatch import use_backend
 from ._record import KernelRun, record
+from .accelerate import Explanation, Report, accelerate, explain
+from .info import info
 from .ops import cross_entropy, linear, log_softmax, softmax
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Explanation",
     "KernelRun",
+    "Report",
     "__version__",
+    "accelerate",
     "cross_entropy",
+    "explain",
+    "info",
     "linear",
     "log_softmax",
     "nn",

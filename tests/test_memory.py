@@ -84,7 +84,6 @@ def test_graph_is_freed_by_reference_counts(step):
         output.sum().backward(create_graph=False)
         del output
         assert alive() is None and node() is None
-        assert gc.collect() == 0
     finally:
         gc.enable()
 

@@ -9,6 +9,7 @@
 
 #include "bindings/tensor.h"
 #include "cpu/dispatch.h"
+#include "cpu/limits.h"
 #include "cpu/memory.h"
 #include "cpu/parallel.h"
 #include "cpu/record.h"
@@ -34,6 +35,48 @@ FloatArray vector_math(const std::string& name, const FloatArray& x) {
   }
   throw py::value_error("fastnn._C.vector_math: name must be exp, log, tanh, erf or sigmoid; got " +
                         name);
+}
+
+int64_t position(const char* function, const char* argument, const std::string& name,
+                 std::initializer_list<const char*> known) {
+  std::string all;
+  int64_t i = 0;
+  for (const char* const one : known) {
+    if (name == one) return i;
+    ++i;
+    all += std::string(all.empty() ? "" : ", ") + one;
+  }
+  throw py::value_error(std::string("fastnn._C.") + function + ": " + argument +
+                        " must be one of " + all + "; got " + name);
+}
+
+void check_measurement(const char* function, int64_t threads, double seconds) {
+  if (threads < 1 || threads > 4096 || !(seconds > 0 && seconds <= 60)) {
+    throw py::value_error(std::string("fastnn._C.") + function +
+                          ": threads must be 1..4096 and seconds above 0, up to 60; got " +
+                          std::to_string(threads) + ", " + std::to_string(seconds));
+  }
+}
+
+double measure_peak(const std::string& kind, int64_t threads, double seconds) {
+  check_measurement("measure_peak", threads, seconds);
+  const auto k = position("measure_peak", "kind", kind, {"fp32", "bf16", "int8"});
+  const py::gil_scoped_release unlocked;
+  return fastnn::measure_peak(static_cast<fastnn::PeakKind>(k), threads, seconds);
+}
+
+double measure_stream(const std::string& kind, int64_t bytes, const std::string& pages,
+                      bool streaming, int64_t threads, double seconds) {
+  check_measurement("measure_stream", threads, seconds);
+  const auto k = position("measure_stream", "kind", kind, {"read", "copy", "write"});
+  const auto size = position("measure_stream", "pages", pages, {"small", "huge"});
+  if (bytes < 1 || bytes > (int64_t{1} << 40)) {
+    throw py::value_error("fastnn._C.measure_stream: bytes must be 1..2^40; got " +
+                          std::to_string(bytes));
+  }
+  const py::gil_scoped_release unlocked;
+  return fastnn::measure_stream(static_cast<fastnn::StreamKind>(k), bytes,
+                                static_cast<fastnn::Pages>(size), streaming, threads, seconds);
 }
 
 std::vector<std::string> op_names() {
@@ -77,4 +120,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("ops", &op_names, "The ops of csrc/ops.def.");
   m.def("vector_math", &vector_math, py::arg("name"), py::arg("x"),
         "A vector function over a float32 array.");
+  m.def("measure_peak", &measure_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"),
+        "Operations per second that the instruction set in force reaches in registers; kind: fp32, "
+        "bf16, int8; 0 where it has no such instruction.");
+  m.def("measure_stream", &measure_stream, py::arg("kind"), py::arg("bytes"), py::arg("pages"),
+        py::arg("streaming"), py::arg("threads"), py::arg("seconds"),
+        "Bytes per second read and written over a working set of `bytes` for each thread; kind: "
+        "read, copy, write; pages: small, huge.");
 }

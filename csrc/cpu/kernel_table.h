@@ -3,6 +3,7 @@
 #pragma once
 #include "cpu/gemm/params.h"
 #include "params/cross_entropy.h"
+#include "params/limits.h"
 #include "params/linear.h"
 #include "params/softmax.h"
 
@@ -38,6 +39,10 @@ struct KernelTable {
   void (*from_float32)(const float* x, int64_t n, DType dtype, void* y);
 
   void (*vector_math)(MathFunction f, const float* x, float* y, int64_t n);
+
+  // Of the machine, not of an op (cpu/limits.cpp).
+  int64_t (*peak_operations)(PeakKind kind, int64_t steps, float* sink);
+  float (*stream)(const StreamParams& p);
 };
 
 }  // namespace fastnn

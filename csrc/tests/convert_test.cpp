@@ -50,6 +50,10 @@ std::vector<float> rounding_cases(DType type) {
       }
     }
   }
+  for (const uint32_t bits : {0x7f800001u, 0x7fc00000u, 0x7fffffffu, 0xffffffffu, 0xff800001u,
+                              0x7f7fffffu, 0xff7fffffu, 1u, 0x80000001u, 0x007fffffu}) {
+    cases.push_back(std::bit_cast<float>(bits));
+  }
   Random random(7);
   for (int i = 0; i < 100000; ++i)
     cases.push_back(std::bit_cast<float>(static_cast<uint32_t>(random.bits())));

@@ -62,6 +62,7 @@ void check_forward(const Case& c, Order x_order, Order w_order, int64_t bias_str
   p.K = c.K;
   p.x = f.x.matrix;
   p.w = packed ? Matrix{nullptr, 0, 0, c.type} : f.w.matrix;
+  p.is_packed = packed;
   p.packed = packed ? copy.data() : nullptr;
   p.bias = has_bias ? f.bias.memory.data() : nullptr;
   p.bias_stride = bias_stride;
@@ -195,10 +196,19 @@ void check_backward(const Case& c, Order dy_order, bool expanded, Order x_order,
         c.activation == Activation::kRelu || c.activation >= Activation::kSigmoid;
     slope.set(i, from_output ? activation_of(c.activation, z) : z);
   }
-  linear_bwd({c.M, c.N, c.K, dy.matrix, wanted.dw ? x.matrix : Matrix{nullptr, 0, 0, c.type},
-              w.matrix, c.activation == Activation::kNone ? nullptr : slope.memory.data(),
-              c.activation, wanted.dx ? dx.memory.data() : nullptr,
-              wanted.dw ? dw.memory.data() : nullptr, wanted.db ? db.memory.data() : nullptr});
+  LinearBwdParams p = {};
+  p.M = c.M;
+  p.N = c.N;
+  p.K = c.K;
+  p.dy = dy.matrix;
+  p.x = wanted.dw ? x.matrix : Matrix{nullptr, 0, 0, c.type};
+  p.w = w.matrix;
+  p.slope = c.activation == Activation::kNone ? nullptr : slope.memory.data();
+  p.activation = c.activation;
+  p.dx = wanted.dx ? dx.memory.data() : nullptr;
+  p.dw = wanted.dw ? dw.memory.data() : nullptr;
+  p.db = wanted.db ? db.memory.data() : nullptr;
+  linear_bwd(p);
   const std::vector<double> gradient = dense(dy);
   const Slopes stored = slopes_of(c, gradient, slope, true),
                exact = slopes_of(c, gradient, slope, false);
@@ -287,8 +297,18 @@ TEST(same_bits_with_any_number_of_threads) {
         Forward one(c, Order::kRows, Order::kRows, 1, Flush::kEnd),
             three(c, Order::kRows, Order::kRows, 1, Flush::kEnd);
         const auto run = [&](Forward& f) {
-          linear_fwd({M, c.N, c.K, f.x.matrix, f.w.matrix, nullptr, f.bias.memory.data(), 1,
-                      c.activation, f.y.memory.data(), f.pre.memory.data()});
+          LinearParams p = {};
+          p.M = M;
+          p.N = c.N;
+          p.K = c.K;
+          p.x = f.x.matrix;
+          p.w = f.w.matrix;
+          p.bias = f.bias.memory.data();
+          p.bias_stride = 1;
+          p.activation = c.activation;
+          p.y = f.y.memory.data();
+          p.pre = f.pre.memory.data();
+          linear_fwd(p);
         };
         run(one);
         {

@@ -84,7 +84,7 @@ def activation_slope(slope: Tensor, activation: str | None) -> Tensor:
     """f'(z) in plain PyTorch, from f(z) for relu, sigmoid and tanh, from z for the others."""
     s = slope.float() if slope.dtype in (torch.bfloat16, torch.float16) else slope
     if activation == "relu":
-        return (s > 0).to(s.dtype)
+        return (~(s <= 0)).to(s.dtype)  # NaN passes its gradient on, as in torch
     if activation == "sigmoid":
         return s * (1 - s)
     if activation == "tanh":
@@ -93,10 +93,11 @@ def activation_slope(slope: Tensor, activation: str | None) -> Tensor:
         return torch.special.ndtr(s) + s * torch.exp(-0.5 * s * s) / math.sqrt(2 * math.pi)
     if activation == "gelu_tanh":
         scale, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
-        p = torch.sigmoid(scale * (s + cubic * s**3))
-        return p + s * p * (1 - p) * scale * (1 + 3 * cubic * s * s)
+        u = scale * (s + cubic * s**3)
+        p = torch.sigmoid(u)
+        return p + s * p * torch.sigmoid(-u) * scale * (1 + 3 * cubic * s * s)  # not 1 - p: it cancels
     p = torch.sigmoid(s)
-    return p + s * p * (1 - p)
+    return p + s * p * torch.sigmoid(-s)
 
 
 class LinearFunction(torch.autograd.Function):

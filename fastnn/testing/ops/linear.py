@@ -281,6 +281,12 @@ def _bwd(
     return torch.ops.fastnn.linear_bwd(grad, input, weight, slope, activation, shape, mask, True)
 
 
+@torch.no_grad()
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.fastnn.linear_pack(weight)
+    return packed
+
+
 def _packed_fwd(*arguments: object) -> object:
     return torch.ops.fastnn.linear_packed_fwd(*arguments)
 
@@ -352,22 +358,22 @@ def _raw_backward_calls() -> Iterator[InvalidCall]:
 def _raw_packed_calls() -> Iterator[InvalidCall]:
     x, b = _t(5, 4), _t(3)
     packed = partial(torch.zeros, dtype=torch.float32)
-    yield _raw("pack_1d", lambda: torch.ops.fastnn.linear_pack(_t(4)), ValueError, "linear", "weight")
-    yield _raw("pack_integer", lambda: torch.ops.fastnn.linear_pack(_t(3, 4).int()), _TYPES, "linear", "int32")
+    yield _raw("pack_1d", lambda: _pack(_t(4)), ValueError, "linear", "weight")
+    yield _raw("pack_integer", lambda: _pack(_t(3, 4).int()), _TYPES, "linear", "int32")
     yield _raw("packed_short", lambda: _packed_fwd(x, packed(1), b, 3, 0, True), ValueError, "linear", "packed")
     yield _raw("packed_empty", lambda: _packed_fwd(x, packed(0), b, 3, 0, True), ValueError, "linear", "packed")
     yield _raw("packed_long", lambda: _packed_fwd(x, packed(10**6), b, 3, 0, True), ValueError, "linear", "packed")
     yield _raw("packed_apart", lambda: _packed_fwd(x, packed(128)[::2], b, 3, 0, True), ValueError, "linear", "packed")
     yield _raw(
         "packed_other_k",
-        lambda: _packed_fwd(_t(5, 400), torch.ops.fastnn.linear_pack(_t(3, 4)), b, 3, 0, True),
+        lambda: _packed_fwd(_t(5, 400), _pack(_t(3, 4)), b, 3, 0, True),
         ValueError,
         "linear",
         "packed",
     )
     yield _raw(
         "packed_features",
-        lambda: _packed_fwd(x, torch.ops.fastnn.linear_pack(_t(3, 4)), _t(3000), 3000, 0, True),
+        lambda: _packed_fwd(x, _pack(_t(3, 4)), _t(3000), 3000, 0, True),
         ValueError,
         "linear",
         "packed",
@@ -375,7 +381,7 @@ def _raw_packed_calls() -> Iterator[InvalidCall]:
     yield _raw("packed_negative", lambda: _packed_fwd(x, packed(64), b, -3, 0, True), ValueError, "linear")
     yield _raw(
         "packed_activation",
-        lambda: _packed_fwd(x, torch.ops.fastnn.linear_pack(_t(3, 4)), b, 3, 99, True),
+        lambda: _packed_fwd(x, _pack(_t(3, 4)), b, 3, 99, True),
         ValueError,
         "activation",
     )

@@ -1,0 +1,45 @@
+// Stores that bypass the caches, and the int8 dot: instructions beside vec.h's vector interface.
+#pragma once
+#include "cpu/simd/vec.h"
+
+namespace fastnn {
+namespace {
+
+// Stores v past the caches; p aligned to the vector. Plain where there is no such instruction.
+// Memory written so is ordered by stream_fence().
+FASTNN_INLINE void stream_store(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+FASTNN_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+constexpr bool kHasInt8Dot = true;
+#else
+constexpr bool kHasInt8Dot = false;
+#endif
+
+// c + the dot products of neighbouring quads, unsigned bytes of a with signed bytes of b, in int32.
+FASTNN_INLINE IVec dot_int8_quads(IVec c, IVec a, IVec b) {
+#if defined(__AVX512VNNI__)
+  return (IVec)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#else
+  (void)a;
+  (void)b;
+  return c;  // never called: kHasInt8Dot is false
+#endif
+}
+
+}  // namespace
+}  // namespace fastnn

@@ -1,0 +1,201 @@
+"""Where a model's time goes, and which fastnn kernel would run each part of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from .. import _extension
+from .isolate import call, check_model, isolated, plain_inputs
+from .survey import FASTNN, Finding, survey
+from .table import Column, pattern, plain, rich_table, shortened
+
+_RUNS = 3
+_SHOWN = 14
+_NEGLIGIBLE = 0.001
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module's share of a forward: the time in its own code, without the modules it calls."""
+
+    name: str
+    """Its path in the model; empty for the model itself."""
+    kind: str
+    """Its class."""
+    calls: int
+    ms: float
+    """Per run of the model, all calls together."""
+    share: float
+    """Of the model's time, 0 to 1."""
+    kernel: str
+    """The fastnn kernel that would run it, with the activation fused into it; empty where there is none."""
+    backend: str
+    """Where the kernel would run."""
+    isa: str
+    """The instruction set it would run on; empty for the reference."""
+    why_not: str
+    """Why no kernel would run it; empty where one would."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Parts whose names differ by numbers alone, as one line of the table."""
+
+    part: Part
+    name: str
+    calls: int
+    ms: float
+    share: float
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("module", lambda line: shortened(line.name, 36), style="cyan"),
+    Column("class", lambda line: line.part.kind),
+    Column("ms", lambda line: f"{line.ms:.2f}", "right"),
+    Column("time", lambda line: f"{100 * line.share:.1f} %", "right", "bold"),
+    Column("fastnn", lambda line: line.part.kernel or f"- {line.part.why_not}", wraps=True),
+)
+"""The table's columns: each turns a line into text."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The parts of a model's forward, the longest first. Printing it, plainly or by rich, gives a table."""
+
+    parts: tuple[Part, ...]
+    ms: float
+    """One run of the model."""
+
+    @property
+    def covered(self) -> float:
+        """The share of the time, 0 to 1, for which there is a fastnn kernel."""
+        return sum(part.share for part in self.parts if part.kernel)
+
+    @property
+    def summary(self) -> str:
+        """One line: how long a run takes and how much of it fastnn has kernels for."""
+        where = sorted({f"{part.backend} {part.isa}".strip() for part in self.parts if part.kernel})
+        on = f" ({', '.join(where)})" if where else ""
+        return f"{self.ms:.1f} ms a run; fastnn has kernels for {100 * self.covered:.0f} % of the time{on}"
+
+    def lines(self) -> list[_Line]:
+        """The parts by the pattern of their names, the longest first."""
+        groups: dict[tuple[str, ...], list[Part]] = {}
+        for part in self.parts:
+            groups.setdefault((pattern(part.name), part.kind, part.kernel, part.why_not), []).append(part)
+        lines = [
+            _Line(
+                parts[0],
+                (f"{key[0]}  x{len(parts)}" if len(parts) > 1 else parts[0].name) or "(the model)",
+                sum(part.calls for part in parts),
+                sum(part.ms for part in parts),
+                sum(part.share for part in parts),
+            )
+            for key, parts in groups.items()
+        ]
+        return sorted(lines, key=lambda line: -line.ms)
+
+    def _shown(self) -> tuple[list[_Line], str]:
+        lines = self.lines()
+        shown = [line for line in lines[:_SHOWN] if line.share >= _NEGLIGIBLE] or lines[:1]
+        rest = lines[len(shown) :]
+        more = f"{len(rest)} more lines, {100 * sum(line.share for line in rest):.1f} % of the time.\n" if rest else ""
+        return shown, more + self.summary
+
+    def __str__(self) -> str:
+        shown, footer = self._shown()
+        return plain("fastnn.explain", COLUMNS, shown, footer)
+
+    def __rich__(self) -> Any:
+        shown, footer = self._shown()
+        return rich_table("fastnn.explain", COLUMNS, shown, footer)
+
+
+def explain(model: Module, example_inputs: Any) -> Explanation:
+    """Times each module's own part of a forward, and says which fastnn kernel would run it, or why none.
+
+    The model is run a few times as it is, in its present mode and without a backward, and left as it was: parameters,
+    buffers, `.grad`, hooks, random state. Activations are shown where they would be fused.
+
+    Args:
+        model: any module; one that is not accelerated yet.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has lazy parameters that have no shape yet.
+    """
+    check_model("explain", model)
+    inputs = plain_inputs(example_inputs)
+    clock = _Clock()
+    with isolated(model), torch.set_grad_enabled(model.training and torch.is_grad_enabled()):
+        call(model, inputs)
+        with clock.watching(model):
+            for _ in range(_RUNS):
+                with isolated(model):
+                    call(model, inputs)
+    findings = {finding.module: finding for finding in survey(model).findings}
+    total = clock.total or 1.0
+    parts = []
+    for name, module in model.named_modules():
+        if module in clock.own:
+            seconds, calls = clock.own[module]
+            kernel, backend, why_not = _outlook(module, findings.get(module))
+            isa = _extension._C.isa() if backend == "cpu" and _extension._C is not None else ""
+            ms = 1e3 * seconds / _RUNS
+            kind = type(module).__name__
+            parts.append(Part(name, kind, calls // _RUNS, ms, seconds / total, kernel, backend, isa, why_not))
+    return Explanation(tuple(sorted(parts, key=lambda part: -part.ms)), 1e3 * total / _RUNS)
+
+
+def _outlook(module: Module, found: Finding | None) -> tuple[str, str, str]:
+    """(kernel, backend, why not)."""
+    if found is None:
+        if next(module.children(), None) is not None:
+            return "", "", "its own code"
+        return "", "", "no kernel yet"
+    if found.feeder is not None:
+        return f"fused into {found.partner}", found.feeder.backend, ""
+    if not found.backend or (found.patch is None and type(module) not in FASTNN):
+        return "", "", found.reason
+    kernel = "reference" if found.backend == "reference" else f"{found.op}_fwd"
+    return kernel + (f" + {found.activation}" if found.fusion else ""), found.backend, ""
+
+
+class _Clock:
+    """Own time and calls of each module, from hooks."""
+
+    def __init__(self) -> None:
+        self.own: dict[Module, tuple[float, int]] = {}
+        self.total = 0.0
+        self._open: list[list[float]] = []
+        """Start of each call under way, and what the calls inside it took."""
+
+    @contextmanager
+    def watching(self, model: Module) -> Iterator[None]:
+        """Hooks every module for the time of the block."""
+        with ExitStack() as hooks:
+            for module in model.modules():
+                hooks.callback(module.register_forward_pre_hook(self._enter, prepend=True).remove)
+                hooks.callback(module.register_forward_hook(self._leave).remove)
+            yield
+
+    def _enter(self, module: Module, args: Any) -> None:
+        self._open.append([time.perf_counter(), 0.0])
+
+    def _leave(self, module: Module, args: Any, output: Any) -> None:
+        start, inside = self._open.pop()
+        took = time.perf_counter() - start
+        seconds, calls = self.own.get(module, (0.0, 0))
+        self.own[module] = seconds + took - inside, calls + 1
+        if self._open:
+            self._open[-1][1] += took
+        else:
+            self.total += took

@@ -1,0 +1,185 @@
+"""Finding and fusing a linear layer with the activation that alone uses its result, in the forward that calls both."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.nn import Module
+
+from ..nn import Linear
+from ..ops.linear import ACTIVATIONS, linear_maybe_packed
+from . import activations
+from .purity import ABSENT, Guard
+from .trace import Trace, containers, hooked, trace
+
+LINEAR = (torch.nn.Linear, Linear)
+"""The exact classes whose calls are fused."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A call of a linear layer and the call of an activation that alone uses its result."""
+
+    linear: str
+    """Path of the layer from the module that calls both."""
+    act: str | None
+    """Path of the activation module; None where it is a function."""
+    activation: str
+    """Key of `ACTIVATIONS`."""
+    written: str
+    """The activation as the code has it."""
+    call: Node
+    """The layer's call in the graph."""
+
+
+@dataclass
+class Reading:
+    """What one module's forward does with the linear layers it calls."""
+
+    traced: Trace | None
+    untraced: str
+    """Why the forward could not be read; empty where it was."""
+    pairs: list[Pair] = field(default_factory=list)
+    notes: list[tuple[str, str | None, str]] = field(default_factory=list)
+    """(path of a linear layer, path of the activation module that follows, why this call is not fused)."""
+
+
+def read(module: Module, training: bool) -> Reading:
+    """The pairs that a module's forward calls in training or evaluation, and the calls that are in none."""
+    traced, reason = trace(module, training)
+    found = Reading(traced, reason)
+    for node in traced.graph.nodes if traced else ():
+        if node.op == "call_module" and type(layer := module.get_submodule(node.target)) in LINEAR:
+            matches = [match for user in node.users if (match := _activation(module, user, node))]
+            if not matches:
+                found.notes.append((node.target, None, "no activation follows"))
+                continue
+            pair = Pair(node.target, *matches[0], node)
+            note = _obstacle(module, pair, layer)
+            if note:
+                found.notes.append((node.target, pair.act, f"{pair.written} follows, but {note}"))
+            else:
+                found.pairs.append(pair)
+    return found
+
+
+def _obstacle(module: Module, pair: Pair, layer: Module) -> str:
+    node = pair.call
+    if len(node.users) > 1:
+        return f"the result has {len(node.users)} users"
+    if len(node.args) + len(node.kwargs) != 1 or getattr(layer, "activation", None) is not None:
+        return "this is not a plain call of a plain layer"
+    if hooked(layer):
+        return "the layer has hooks"
+    if pair.act is not None and hooked(module.get_submodule(pair.act)):
+        return "it has hooks"
+    return ""
+
+
+def _activation(module: Module, user: Node, node: Node) -> tuple[str | None, str, str] | None:
+    """(path of the module or None, key of ACTIVATIONS, as written) where `user` is an activation of `node`."""
+    if not user.args or user.args[0] is not node or user.all_input_nodes != [node]:
+        return None
+    rest, kwargs, target = user.args[1:], user.kwargs, user.target
+    if user.op == "call_module":
+        act = module.get_submodule(str(target))
+        name = None if rest or kwargs else activations.of_module(act)
+        return (str(target), name, type(act).__name__) if name else None
+    if user.op == "call_method":
+        name, written = activations.of_method(str(target), rest, kwargs), f".{target}()"
+    else:
+        name, written = activations.of_function(target, rest, kwargs), f"{getattr(target, '__name__', target)}()"
+    return (None, name, written) if name else None
+
+
+def linear_act(linear: Module, act: Module | None, activation: str, input: Tensor) -> Tensor:
+    """`act(linear(input))` in one kernel, as long as both layers are still what they were and have no hooks."""
+    if isinstance(linear, Linear) and _is_plain(linear) and (act is None or not hooked(act)):
+        packed = None if linear.packed is None else linear.packed.get(linear.weight, linear.training)
+        return linear_maybe_packed(input, linear.weight, linear.bias, activation, packed)
+    return (ACTIVATIONS[activation] if act is None else act)(linear(input))
+
+
+def _is_plain(linear: Linear) -> bool:
+    unchanged = type(linear) is Linear and linear.activation is None and "forward" not in vars(linear)
+    return unchanged and not hooked(linear)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fused forward of one module in one mode, and what must hold for it to be used."""
+
+    run: Callable[..., Any]
+    positional: tuple[str, ...]
+    """The original forward's parameters that can be given by position."""
+    tensors: tuple[str, ...]
+    """The parameters of `run`."""
+    defaults: dict[str, Any]
+    guards: tuple[Guard, ...]
+    members: tuple[tuple[Module, tuple[Module, ...]], ...]
+    """The module, then the containers looked through, each with its children."""
+
+    def holds(self) -> bool:
+        """Whether the attributes and child modules that the trace took for granted are the same objects."""
+        for module, key, value in self.guards:
+            if vars(module).get(key, ABSENT) is not value:
+                return False
+        for container, children in self.members:
+            if tuple(vars(container)["_modules"].values()) != children:
+                return False
+        return not any(hooked(container) for container, _ in self.members[1:])
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The call's tensors in the order of `run`, or None where the call is not the one that was traced."""
+        given = dict(zip(self.positional, args, strict=False))
+        if len(args) > len(given) or given.keys() & kwargs.keys():
+            return None
+        given.update(kwargs)
+        found = [given.pop(name, None) for name in self.tensors]
+        for value in found:
+            if not isinstance(value, Tensor):
+                return None
+        for name, value in given.items():
+            if value is not self.defaults.get(name, ABSENT):
+                return None
+        return found
+
+
+def make_plan(module: Module, training: bool) -> Plan | None:
+    """The module's forward with its pairs in one call each; None where there are none in this mode."""
+    reading = read(module, training)
+    if reading.traced is None or not reading.pairs:
+        return None
+    graph, guards = reading.traced.graph, list(reading.traced.guards)
+    for pair in reading.pairs:
+        _rewrite(graph, pair)
+        if pair.act is not None:  # the likes of nn.GELU.approximate
+            act = module.get_submodule(pair.act)
+            guards += [
+                Guard(act, key, value) for key, value in vars(act).items() if key[0] != "_" and key != "training"
+            ]
+    written = graph.python_code("self")
+    scope = dict(written.globals)
+    exec(compile(written.src, f"<{type(module).__name__}.forward, fused by fastnn>", "exec"), scope)
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    positional = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    members = tuple((m, tuple(vars(m)["_modules"].values())) for m in (module, *containers(module)))
+    return Plan(scope["forward"], positional, reading.traced.tensors, reading.traced.defaults, tuple(guards), members)
+
+
+def _rewrite(graph: torch.fx.Graph, pair: Pair) -> None:
+    (user,) = pair.call.users
+    (input,) = (*pair.call.args, *pair.call.kwargs.values())
+    with graph.inserting_before(user):
+        layer = graph.get_attr(pair.linear)
+        act = None if pair.act is None else graph.get_attr(pair.act)
+        fused = graph.call_function(linear_act, (layer, act, pair.activation, input))
+    user.replace_all_uses_with(fused)
+    graph.erase_node(user)
+    graph.erase_node(pair.call)

@@ -1,0 +1,205 @@
+"""What could be accelerated in a model, layer by layer: looks, and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Module
+from torch.nn.utils import parametrize
+
+from .. import _dispatch, _extension
+from ..nn import Linear, LogSoftmax, Softmax
+from . import activations
+from .fuse import LINEAR, Pair, read
+from .fused import STATE, Fusion, fused_class, why_not_fused
+from .report import Patch
+from .trace import Fused, containers
+
+_SOFTMAX: dict[type[Module], type[Module]] = {nn.Softmax: Softmax, nn.LogSoftmax: LogSoftmax}
+FASTNN = (Linear, Softmax, LogSoftmax)
+"""The classes that run on fastnn's kernels."""
+
+
+@dataclass
+class Finding:
+    """One linear, softmax or activation layer: what can be done with it, or why nothing."""
+
+    name: str
+    module: Module
+    was: str
+    op: str = ""
+    """The op that runs it; empty for an activation."""
+    backend: str = ""
+    """Where the op would run; empty where it cannot."""
+    patch: Patch | None = None
+    """The change of the layer itself."""
+    fusion: Patch | None = None
+    """The change of the module whose forward calls it together with its partner."""
+    activation: str | None = None
+    """Key of `ACTIVATIONS`: what a linear layer is fused with, or what an activation layer computes."""
+    partner: str = ""
+    """What it is fused with, as the parent's forward has it."""
+    where: str = ""
+    """The forward in which it is fused."""
+    feeder: Finding | None = None
+    """Of a fused activation layer: the linear layer."""
+    reason: str = ""
+    """Why nothing can be done."""
+    note: str = ""
+    """Of a linear layer: why it is not fused."""
+
+
+@dataclass
+class Survey:
+    """A model's findings in the model's order, and the changes of parents that fuse them."""
+
+    findings: list[Finding]
+    fusions: list[Patch] = field(default_factory=list)
+
+
+def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that would run `op` there, and why there is none, in words.
+
+    Where the compiled extension is missing, "reference" for what it would run if it were there.
+    """
+    reasons = []
+    for backend in _dispatch.BACKENDS:
+        if backend == "reference":
+            continue
+        reason = _dispatch.why_not(op, backend, device, dtype)
+        if reason and reason == _extension.missing and device.type == backend and dtype in _dispatch.KERNEL_DTYPES:
+            return "reference", ""
+        if not reason:
+            return backend, ""
+        reasons.append(reason)
+    return "", "; ".join(reasons)
+
+
+def survey(model: Module, freeze: bool = False) -> Survey:
+    """Looks at every module of the model once, however often it occurs."""
+    sample = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    findings: dict[Module, Finding] = {}
+    modules = list(model.named_modules())
+    for name, module in modules:
+        found = _layer(name, module, sample, freeze)
+        if found is not None:
+            findings[module] = found
+    fusions = []
+    for _, module in reversed(modules):  # inner ones first: a pair belongs to the smallest module that calls both
+        if _calls_linear_layers(module):
+            fusion = _look_for_pairs(module, findings)
+            if fusion is not None:
+                fusions.append(fusion)
+    return Survey(list(findings.values()), fusions)
+
+
+def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding | None:
+    was = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return _linear(Finding(name, module, was, "linear"), module, freeze)
+    if isinstance(module, (nn.Softmax, nn.LogSoftmax)):
+        return _softmax(Finding(name, module, was, "softmax"), sample)
+    activation = activations.of_module(module)
+    if activation is not None:
+        return Finding(name, module, was, activation=activation, reason="no linear layer is seen to feed it alone")
+    if activations.is_torch_activation(module):
+        return Finding(name, module, was, reason=f"no fastnn kernel for {was} yet")
+    return None
+
+
+def _linear(found: Finding, module: nn.Linear, freeze: bool) -> Finding:
+    already = type(module) is Linear
+    taken = set() if already else {"activation", "packed"} & vars(module).keys()
+    if parametrize.is_parametrized(module):
+        found.reason = "its parameters are computed (torch.nn.utils.parametrize)"
+    elif type(module) not in LINEAR:
+        found.reason = f"{type(module).__name__} is a subclass of Linear, maybe with a forward of its own"
+    elif "forward" in vars(module):
+        found.reason = "its forward was replaced on the instance"
+    elif taken:
+        found.reason = f"its attribute {min(taken)!r} would be overwritten"
+    else:
+        found.backend, found.reason = backend_for("linear", module.weight.device, module.weight.dtype)
+    if found.reason:
+        return found
+    owns_weight = isinstance(module.weight, nn.Parameter)  # weight_norm's hook makes a new one at each call
+    freeze = freeze and owns_weight and vars(module).get("packed") is None
+    if freeze or not already:
+        found.patch = Patch(module, Linear, {} if already else {"activation": None}, freeze)
+    else:
+        found.reason = "is fastnn's already"
+    return found
+
+
+def _softmax(found: Finding, sample: Tensor) -> Finding:
+    module = found.module
+    found.backend, found.reason = backend_for("softmax", sample.device, sample.dtype)
+    if type(module) in _SOFTMAX.values():
+        found.reason = "is fastnn's already"
+    elif type(module) not in _SOFTMAX:
+        found.reason = f"{type(module).__name__} is a subclass of torch's, maybe with a forward of its own"
+    elif "forward" in vars(module):
+        found.reason = "its forward was replaced on the instance"
+    elif not found.reason:
+        found.patch = Patch(module, _SOFTMAX[type(module)], {})
+    return found
+
+
+def _calls_linear_layers(module: Module) -> bool:
+    """Whether the module has a forward, and reaches some linear layer through containers alone."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, *LINEAR)):
+        return False
+    return any(type(child) in LINEAR for child in _reached(module))
+
+
+def _reached(module: Module) -> Iterator[Module]:
+    for owner in (module, *containers(module)):
+        yield from owner.children()
+
+
+def _look_for_pairs(parent: Module, findings: dict[Module, Finding]) -> Patch | None:
+    """Notes what `parent`'s forward does with its linear layers; the change of `parent` where it fuses some."""
+    reading = read(parent, parent.training)
+    kind = type(parent).__name__
+    where = f"{kind}.forward"
+    if reading.untraced:
+        for found in filter(None, map(findings.get, _reached(parent))):
+            if found.op == "linear":
+                found.note = found.note or f"{kind}: {reading.untraced}"
+            elif not found.op and found.activation and not found.fusion:
+                found.reason = f"{kind}: {reading.untraced}"
+        return None
+    for path, follower, note in reading.notes:
+        layer = findings[parent.get_submodule(path)]
+        layer.note = layer.note or note
+        if follower is not None:
+            findings[parent.get_submodule(follower)].reason = f"after {path}: {note}"
+    crossing = [pair for pair in reading.pairs if not _inside_a_container(parent, pair)]
+    obstacle = "is fused already" if isinstance(parent, Fused) else why_not_fused(parent)
+    patch = None
+    for pair in crossing:
+        layer = findings[parent.get_submodule(pair.linear)]
+        act = Finding("", parent, "") if pair.act is None else findings[parent.get_submodule(pair.act)]
+        if obstacle or not layer.backend:
+            layer.note = obstacle
+            act.reason = obstacle or f"{pair.linear}, which feeds it, is left alone"
+            continue
+        patch = patch or Patch(parent, fused_class(type(parent)), {STATE: Fusion()})
+        layer.fusion, layer.activation, layer.partner, layer.where = patch, pair.activation, pair.written, where
+        act.fusion, act.feeder, act.partner, act.where = patch, layer, pair.linear, where
+    return patch
+
+
+def _inside_a_container(parent: Module, pair: Pair) -> bool:
+    """Whether a Sequential below `parent` calls both of the pair and has fused them itself."""
+    if pair.act is None:
+        return False
+    for i, (a, b) in enumerate(zip(pair.linear.split("."), pair.act.split("."), strict=False)):
+        if a != b:
+            return False
+        if isinstance(parent.get_submodule(".".join(pair.linear.split(".")[: i + 1])), nn.Sequential):
+            return True
+    return False

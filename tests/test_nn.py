@@ -1,0 +1,88 @@
+"""fastnn.nn: torch's constructors, keys and answers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import pytest
+import torch
+from accelerate_models import assert_same_answers, x
+from torch import nn
+
+import fastnn
+from fastnn.ops.linear import ACTIVATIONS
+
+
+@pytest.mark.parametrize("name", fastnn.nn.__all__)
+def test_is_torchs_class_with_torchs_arguments_first(name):
+    ours, theirs = getattr(fastnn.nn, name), getattr(nn, name)
+    assert issubclass(ours, theirs)
+    known = list(inspect.signature(theirs).parameters.values())
+    given = list(inspect.signature(ours).parameters.values())
+    assert [p.name for p in given[: len(known)]] == [p.name for p in known]
+    assert all(p.kind is p.KEYWORD_ONLY for p in given[len(known) :])
+
+
+class Plain(nn.Module):
+    """What a layer with an activation stands for."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight, self.bias, self.activation = layer.weight, layer.bias, layer.activation
+
+    def forward(self, input):
+        return ACTIVATIONS[self.activation](nn.functional.linear(input, self.weight, self.bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear_with_activation(activation, bias):
+    layer = fastnn.nn.Linear(8, 5, bias, activation=activation)
+    assert list(layer.state_dict()) == list(nn.Linear(8, 5, bias).state_dict())
+    assert_same_answers(layer, Plain(layer), x(2, 3, 8))
+    assert (f"activation={activation!r}" in repr(layer)) is (activation is not None)
+
+
+def test_linear_takes_torchs_state_and_device_and_dtype():
+    layer = fastnn.nn.Linear(8, 5, True, "meta", torch.bfloat16)
+    assert layer.weight.is_meta and layer.weight.dtype == torch.bfloat16
+    theirs = nn.Linear(8, 5)
+    ours = fastnn.nn.Linear(8, 5)
+    assert ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert_same_answers(ours, theirs, x())
+
+
+def test_linear_draws_the_same_weights_as_torch():
+    torch.manual_seed(3)
+    theirs = nn.Linear(8, 5)
+    torch.manual_seed(3)
+    ours = fastnn.nn.Linear(8, 5, activation="relu")
+    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+
+
+def test_unknown_activation():
+    with pytest.raises(ValueError, match=r"Linear: activation must be one of .*'gelu_tanh'.*; got 'mish'"):
+        fastnn.nn.Linear(8, 5, activation="mish")
+
+
+@pytest.mark.parametrize("dim", [None, -1, 0, 1])
+@pytest.mark.parametrize("name", ["Softmax", "LogSoftmax"])
+def test_softmax_layers(name, dim):
+    for shape in [(4, 5), (2, 3, 4), (2, 3, 4, 5)]:
+        theirs, ours = getattr(nn, name)(dim), getattr(fastnn.nn, name)(dim)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about dim=None
+            assert_same_answers(ours, theirs, x(*shape))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize(
+    "make", [lambda: fastnn.nn.Linear(8, 8, activation="gelu").freeze(), lambda: fastnn.nn.Softmax(-1)]
+)
+def test_copies(make, copied):
+    layer = make().eval()
+    other = copied(layer)
+    assert type(other) is type(layer) and torch.equal(other(x()), layer(x()))
