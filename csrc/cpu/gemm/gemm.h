@@ -214,8 +214,8 @@ void gemm_swapped(const GemmParams& p, int64_t n_begin, int64_t n_end, float* sc
         const char* const rows = reinterpret_cast<const char*>(weight + u0 * Dot::kPerUnit);
         run_tiles<Dot>(r1 - r0, strips, min_of(kBlockUnits, units - u0), rows,
                        p.b.col_stride * (int64_t)sizeof(T), 4,
-                       {tokens_packed + u0 * kStrip, strip_floats, kStrip}, sums + r0 * tokens, tokens,
-                       u0 > 0);
+                       {tokens_packed + u0 * kStrip, strip_floats, kStrip}, sums + r0 * tokens,
+                       tokens, u0 > 0);
       }
     }
     for (int64_t c = 0; c < tokens; c += kLanes) {

@@ -31,8 +31,8 @@ FASTNN_INLINE float load_unit(const char* p) {
 // on equal addends, which all round the same way; 256 still is on those. Costs 1-2 %.
 constexpr int64_t kSumUnits = 128;
 
-// Where B lies: unit u of strip s at data + s * strip_floats + u * unit_floats. Packed strips have unit_floats =
-// kStrip; a plain row-major matrix has strip_floats = kStrip and its row stride.
+// Where B lies: unit u of strip s at data + s * strip_floats + u * unit_floats. Packed strips have
+// unit_floats = kStrip; a plain row-major matrix has strip_floats = kStrip and its row stride.
 struct Strips {
   const float* data;
   int64_t strip_floats, unit_floats;
@@ -41,8 +41,8 @@ struct Strips {
 // t (row stride ldt floats) = or += rows of A times strips of B.
 template <class Dot, int MR, int NS>
 __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_bytes,
-                                    int64_t unit_bytes, const Strips& strips, float* t,
-                                    int64_t ldt, bool accumulate) {
+                                    int64_t unit_bytes, const Strips& strips, float* t, int64_t ldt,
+                                    bool accumulate) {
   const float* b = strips.data;
   const int64_t strip_floats = strips.strip_floats, unit_floats = strips.unit_floats;
   constexpr int NV = NS * kVecsPerStrip;
@@ -73,7 +73,8 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
   }
 }
 
-using TileFunction = void (*)(int64_t, const char*, int64_t, int64_t, const Strips&, float*, int64_t, bool);
+using TileFunction = void (*)(int64_t, const char*, int64_t, int64_t, const Strips&, float*,
+                              int64_t, bool);
 
 template <class Dot, int MR, int NS>
 constexpr TileFunction tile_or_null() {
@@ -110,16 +111,19 @@ struct Tiles {
 
 // t = or += rows x strips of a product that is `units` deep.
 template <class Dot>
-FASTNN_INLINE void run_tiles(int64_t rows, int64_t strips, int64_t units, const char* a, int64_t row_bytes,
-                             int64_t unit_bytes, const Strips& b, float* t, int64_t ldt, bool accumulate) {
+FASTNN_INLINE void run_tiles(int64_t rows, int64_t strips, int64_t units, const char* a,
+                             int64_t row_bytes, int64_t unit_bytes, const Strips& b, float* t,
+                             int64_t ldt, bool accumulate) {
   const int64_t widest = tile_strips((int)rows);
   for (int64_t s = 0; s < strips; s += widest) {
     const TileFunction function = Tiles<Dot>::get(rows, strips - s < widest ? strips - s : widest);
     int64_t u = 0;
     do {  // once even where there is nothing to sum: the result is then zero
       const int64_t depth = units - u < kSumUnits ? units - u : kSumUnits;
-      const Strips from = {b.data + s * b.strip_floats + u * b.unit_floats, b.strip_floats, b.unit_floats};
-      function(depth, a + u * unit_bytes, row_bytes, unit_bytes, from, t + s * kStrip, ldt, accumulate || u > 0);
+      const Strips from = {b.data + s * b.strip_floats + u * b.unit_floats, b.strip_floats,
+                           b.unit_floats};
+      function(depth, a + u * unit_bytes, row_bytes, unit_bytes, from, t + s * kStrip, ldt,
+               accumulate || u > 0);
       u += kSumUnits;
     } while (u < units);
   }
