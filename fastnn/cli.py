@@ -14,6 +14,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "info": ("fastnn.info", "version, backends, instruction set, threads"),
     "demo": ("fastnn.demo", "a real sentence encoder, before and after"),
+    "verify": ("fastnn.verify", "whether this machine computes what it should, in half a minute"),
+    "bench": ("fastnn.bench.command", "every row against the machine's limit and the best alternative"),
+    "run": ("fastnn.run", "any script, with the allocator settings that measure best here"),
 }
 """Command -> its module and what it does."""
 

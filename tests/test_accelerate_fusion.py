@@ -298,6 +298,24 @@ class Configured(Block):
         return self.act(self.dense(x)) * self.config["scale"]
 
 
+def enclosed():
+    factor = [1.0]
+
+    class Enclosed(Block):
+        def forward(self, x):
+            return self.act(self.dense(x)) * factor[0]
+
+    return Enclosed
+
+
+TABLE = {"factor": 1.0}
+
+
+class ReadsGlobal(Block):
+    def forward(self, x):
+        return self.act(self.dense(x)) * TABLE["factor"]
+
+
 class AsksGradMode(Block):
     def forward(self, x):
         return self.act(self.dense(x)) * (2 if torch.is_grad_enabled() else 1)
@@ -321,6 +339,8 @@ UNTRACEABLE = {
     MakesNoise: "would become a constant",
     Prints: "calls print()",
     Configured: "self.config, a dict",
+    enclosed(): "reads factor, a list",
+    ReadsGlobal: "reads TABLE, a dict",
     AsksGradMode: "calls is_grad_enabled()",
     Catches: "catches exceptions",
 }
@@ -355,6 +375,41 @@ def test_a_call_that_the_trace_does_not_cover_runs_the_original(monkeypatch):
     for wrong in ((), (x(), None, None), (x(), x(), x())):
         with pytest.raises(TypeError, match="forward"):
             ours(*wrong)
+
+
+def test_overridden_train_is_not_called():
+    class Merges(Block):
+        """As LoRA layers do: the weight depends on the mode."""
+
+        def train(self, mode=True):
+            if mode != self.training:
+                self.dense.weight.data.mul_(2 if mode else 0.5)
+            return super().train(mode)
+
+    model = Merges()
+    before = model.dense.weight.clone()
+    assert fastnn.accelerate(model, example_inputs=x()).fused == 1
+    assert torch.equal(model.dense.weight, before)
+
+
+def test_children_named_like_functions(monkeypatch):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input, self.next, self.id = nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.id(self.next(self.input(x)))
+
+    assert fastnn.accelerate(Named(), example_inputs=x()).fused == 1
+
+
+def test_fixed_layouts_are_left_alone():
+    class Slotted(Block):
+        __slots__ = ("extra",)
+
+    report = fastnn.accelerate(Slotted(), example_inputs=x())
+    assert report.fused == 0 and "fixed layout" in entry(report, "act").reason
 
 
 def test_mode_is_followed(monkeypatch):

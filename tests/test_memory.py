@@ -230,3 +230,22 @@ print(len(os.listdir("/proc/self/task")) - before, torch.get_num_threads())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90)
     assert done.stdout.split() == ["0", "1"], done.stderr[-2000:]
+
+
+def available_bytes():
+    with open("/proc/meminfo") as meminfo:
+        return next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [softmax, log_softmax, lambda x, _: linear(x, torch.ones(64, 64, dtype=x.dtype))])
+def test_more_elements_than_32_bits_count(function):
+    """The input is one row, expanded; the output has 2^31 + 192 elements of its own."""
+    if available_bytes() < 6 * 2**30:
+        pytest.skip(f"needs 6 GB of free memory, there are {available_bytes() / 2**30:.1f}")
+    row = torch.randn(1, 64).bfloat16()
+    output = function(row.expand(2**25 + 3, 64), 1)
+    assert output.numel() > 2**31 and output.is_contiguous()
+    expected = function(row.expand(200, 64), 1)
+    for start in (0, 2**24 - 100, 2**25 - 197):
+        assert same_bits(output[start : start + 200], expected)

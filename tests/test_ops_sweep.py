@@ -48,6 +48,7 @@ THREADED = [
     ("linear", "wide_m513"),
     ("linear", "wide_columns"),
     ("linear", "packed_wide_blocks"),
+    ("linear", "packed_wide_rows"),
     ("softmax", "wide_many_rows"),
     ("softmax", "log_wide_inner_1000"),
     ("softmax", "wide_40000"),
@@ -64,6 +65,28 @@ def test_thread_count(op, name, threads):
             testing.check(find_case(op, name), dtype, best())
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("op", "name"), THREADED)
+def test_thread_count_changes_no_bit(op, name):
+    """No sum is divided among threads, so the kernels give the same bits for any number of them."""
+    case = find_case(op, name)
+    for dtype in best().dtypes:
+        inputs = case.inputs(testing.REFERENCE_DTYPES[dtype])
+        leaves = {key: t.requires_grad_(key in case.differentiable) for key, t in inputs.items()}
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            try:
+                with torch.set_grad_enabled(bool(case.differentiable)):
+                    output = case.call(leaves)
+                wanted = [leaves[key] for key in case.differentiable]
+                found = torch.autograd.grad(output, wanted, torch.ones_like(output)) if wanted else ()
+            finally:
+                torch.set_num_threads(1)
+            results.append([output.detach(), *found])
+        for other in results[1:]:
+            assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True)), f"{op}/{name} {dtype}"
 
 
 @pytest.mark.parametrize("target", targets(), ids=str)

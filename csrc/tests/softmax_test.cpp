@@ -49,6 +49,7 @@ struct Where {
   Shape shape;
   Types types;
   bool log;
+  double shift = 0;  // of every input
 };
 
 void check_close(const Where& w, const char* what, double got, double truth, double bound,
@@ -86,7 +87,7 @@ void check_forward(const Where& w, Flush flush, int64_t offset) {
   Buffer x(s.input_elements(), w.types.narrow, flush, offset);
   Buffer y(s.outer * s.cols * s.inner, w.types.wide, flush, offset);
   Random random(static_cast<uint64_t>(s.cols * 131 + s.inner * 7 + s.row_stride));
-  x.fill(s.input_elements(), random);
+  for (int64_t i = 0; i < s.input_elements(); ++i) x.set(i, random.value() + w.shift);
   softmax_fwd({x.memory.data(), y.memory.data(), s.outer, s.cols, s.inner, s.row_stride,
                w.types.narrow, w.types.wide, w.log});
   for (int64_t o = 0; o < s.outer; ++o) {
@@ -138,8 +139,8 @@ void check_backward(const Where& w, Flush flush, int64_t offset) {
 void check_shape(const char* isa, const Shape& shape, Flush flush, int64_t offset) {
   for (const Types& types : kTypes) {
     for (const bool log : {false, true}) {
-      check_forward({isa, shape, types, log}, flush, offset);
-      check_backward({isa, shape, types, log}, flush, offset);
+      check_forward({isa, shape, types, log, 0}, flush, offset);
+      check_backward({isa, shape, types, log, 0}, flush, offset);
     }
   }
 }
@@ -152,6 +153,21 @@ TEST(every_row_length_and_misalignment) {
       for (const int64_t offset : {0, 1, 3}) {
         const Flush flush = offset == 1 ? Flush::kStart : Flush::kEnd;
         check_shape(isa, {2, cols, 1, cols}, flush, offset);
+      }
+    }
+  });
+}
+
+// The maximum must be subtracted, and be the row's own: e^500 and e^-500 are not float32.
+TEST(inputs_far_from_zero) {
+  for_each_isa([](const char* isa) {
+    for (int64_t cols = 1; cols <= 33; ++cols) {
+      for (const Types& types : kTypes) {
+        for (const double shift : {-500.0, 500.0}) {
+          check_forward({isa, {2, cols, 1, cols}, types, false, shift}, Flush::kEnd, 0);
+          check_forward({isa, {2, cols, 1, cols}, types, true, shift}, Flush::kEnd, 0);
+          check_forward({isa, {1, 3, cols, 0}, types, false, shift}, Flush::kEnd, 0);
+        }
       }
     }
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.modules import activation as torch_activations
 
 from ..ops.linear import ACTIVATIONS
 from .isolate import Attempt, isolated
-from .purity import examine
+from .purity import code_of, examine
 
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -74,8 +75,7 @@ def of_module(module: Module) -> str | None:
     if not is_torch_activation(module):
         if type(module).__module__.startswith("torch.nn."):
             return None
-        code = getattr(forward, "__code__", None)
-        if code is None or examine([(code, forward.__globals__)], module)[1]:
+        if not inspect.isfunction(forward) or examine([code_of(forward)], module)[1]:
             return None
     with isolated(module), torch.inference_mode(False), torch.enable_grad():
         before = torch.random.get_rng_state()

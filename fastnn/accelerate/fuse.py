@@ -101,8 +101,9 @@ def _activation(module: Module, user: Node, node: Node) -> tuple[str | None, str
 def linear_act(linear: Module, act: Module | None, activation: str, input: Tensor) -> Tensor:
     """`act(linear(input))` in one kernel, as long as both layers are still what they were and have no hooks."""
     if isinstance(linear, Linear) and _is_plain(linear) and (act is None or not hooked(act)):
-        packed = None if linear.packed is None else linear.packed.get(linear.weight, linear.training)
-        return linear_maybe_packed(input, linear.weight, linear.bias, activation, packed)
+        weight = linear.weight
+        packed = None if linear.packed is None else linear.packed.get(weight, linear.training)
+        return linear_maybe_packed(input, weight, linear.bias, activation, packed)
     return (ACTIVATIONS[activation] if act is None else act)(linear(input))
 
 

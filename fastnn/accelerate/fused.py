@@ -67,7 +67,7 @@ def why_not_fused(module: Module) -> str:
     base = original_class(module)
     if type(base) not in (type, abc.ABCMeta):
         return f"the metaclass of {base.__name__} is {type(base).__name__}"
-    if "__slots__" in vars(base) or STATE in vars(module):
+    if any(vars(kind).get("__slots__") for kind in base.__mro__):
         return f"instances of {base.__name__} have a fixed layout"
     return ""
 

@@ -12,9 +12,9 @@ import dis
 import functools
 import os
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
-from types import BuiltinFunctionType, BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +45,14 @@ _TRANSPARENT = tuple(
 )
 _CONTEXT_MANAGERS = _STDLIB + "contextlib.py"
 
-_QUESTIONS = frozenset(
-    "isinstance issubclass type hasattr getattr setattr delattr callable vars globals locals id is_tensor "
-    "is_grad_enabled is_inference_mode_enabled is_autocast_enabled get_autocast_dtype is_compiling "
-    "is_dynamo_compiling is_torchdynamo_compiling print warn open exec eval input next".split()
+# What cannot be guarded or has effects: built-in functions, and functions by their name in whatever module.
+_BUILTINS = frozenset(
+    "isinstance issubclass type hasattr getattr setattr delattr callable vars globals locals id print open exec eval "
+    "input next".split()
+)
+_FUNCTIONS = frozenset(
+    "is_tensor is_grad_enabled is_inference_mode_enabled is_autocast_enabled get_autocast_dtype is_compiling "
+    "is_dynamo_compiling is_torchdynamo_compiling warn".split()
 )
 _EFFECTS = {
     "STORE_ATTR": "writes an attribute",
@@ -108,6 +112,26 @@ def _read(code: CodeType) -> Reads:
     return Reads(frozenset(attributes), frozenset(names), effect)
 
 
+def code_of(function: FunctionType) -> tuple[CodeType, dict[str, Any]]:
+    """A function's code and the names it may see from outside."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return function.__code__, names_of(
+        function.__code__, function.__globals__, {k: _content(cell) for k, cell in cells}
+    )
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def names_of(code: CodeType, module: dict[str, Any], local: Mapping[str, Any]) -> dict[str, Any]:
+    """The names a code object may see from outside: its module's, and those of the functions around it."""
+    return {**module, **{name: local.get(name) for name in code.co_freevars}} if code.co_freevars else module
+
+
 def is_transparent(code: CodeType) -> bool:
     """Whether the code belongs to tracing, to torch's functional layer or to Python's library, which need no check."""
     path = code.co_filename
@@ -119,7 +143,7 @@ def is_transparent(code: CodeType) -> bool:
 def is_library(code: CodeType) -> bool:
     """Whether the code is torch's or Python's."""
     path = code.co_filename
-    return path.startswith((_TORCH, "<frozen ")) or (path.startswith(_STDLIB) and "site-packages" not in path)
+    return path.startswith((_TORCH, "<frozen ")) or (path.startswith(_STDLIB) and "-packages" not in path)
 
 
 def is_constant(value: Any) -> bool:
@@ -168,7 +192,7 @@ def _objection(code: CodeType, scope: dict[str, Any], reads: Reads, owner: Modul
         return "of contextlib is called"
     if reads.effect:
         return reads.effect
-    asked = (reads.attributes | reads.globals) & _QUESTIONS
+    asked = (reads.globals & (_BUILTINS | _FUNCTIONS)) | (reads.attributes & _FUNCTIONS)
     if asked:
         return f"calls {min(asked)}()"
     for name in reads.attributes:
@@ -176,7 +200,7 @@ def _objection(code: CodeType, scope: dict[str, Any], reads: Reads, owner: Modul
         fixed = value is ABSENT or is_constant(value) or hasattr(type(value), "__get__")
         if not fixed and not isinstance(value, (Tensor, Module)):
             return f"reads self.{name}, a {type(value).__name__}, which may change"
-    for name in reads.globals & scope.keys():
+    for name in (reads.globals | set(code.co_freevars)) & scope.keys():
         if not callable(scope[name]) and not is_constant(scope[name]):
-            return f"reads the global {name}, a {type(scope[name]).__name__}, which may change"
+            return f"reads {name}, a {type(scope[name]).__name__} from outside, which may change"
     return ""

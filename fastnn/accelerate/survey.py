@@ -63,9 +63,10 @@ class Survey:
 def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that would run `op` there, and why there is none, in words.
 
-    Where the compiled extension is missing, "reference" for what it would run if it were there.
+    "reference" for what a kernel would run, where the extension is missing or the reference is forced.
     """
     reasons = []
+    forced = _dispatch.backend_in_force() == "reference"
     for backend in _dispatch.BACKENDS:
         if backend == "reference":
             continue
@@ -73,7 +74,7 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
         if reason and reason == _extension.missing and device.type == backend and dtype in _dispatch.KERNEL_DTYPES:
             return "reference", ""
         if not reason:
-            return backend, ""
+            return "reference" if forced else backend, ""
         reasons.append(reason)
     return "", "; ".join(reasons)
 

@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.nn.modules import module as torch_module
 
 from .isolate import Attempt, isolated
-from .purity import Guard, examine, is_library
+from .purity import Guard, code_of, examine, is_library, names_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(vars(torch_module)["_global" + name] for name in _HOOKS)
@@ -111,7 +111,7 @@ class _Tracer(torch.fx.Tracer):
         def watch(frame: FrameType, event: str, argument: object) -> None:
             inner = is_library(frame.f_code) and frame.f_back is not None and is_library(frame.f_back.f_code)
             if event == "call" and not inner and frame.f_code.co_name != "__del__":  # a finaliser may run any time
-                self.codes.setdefault(frame.f_code, frame.f_globals)
+                self.codes.setdefault(frame.f_code, names_of(frame.f_code, frame.f_globals, frame.f_locals))
 
         before = sys.getprofile()
         sys.setprofile(watch)
@@ -138,12 +138,13 @@ def trace(module: Module, training: bool) -> tuple[Trace | None, str]:
         return None, "its forward was replaced on the instance"
     if isinstance(module, (torch.fx.GraphModule, torch.jit.ScriptModule)):
         return None, f"a {type(module).__name__} has generated code"
-    objection = examine([(forward.__code__, forward.__globals__)], module)[1]
+    objection = examine([code_of(forward)], module)[1]
     if objection:
         return None, objection
     tracer, again = _Tracer(), _Tracer()
     with isolated(module), _unfused(module), Attempt() as attempt:
-        module.train(training)
+        for each in module.modules():
+            each.training = training  # not by train(), which a class may override to do more
         graph = tracer.trace(module)
         repeated = again.trace(module)
         guards, objection = examine(tracer.codes.items(), module)

@@ -31,15 +31,16 @@ FLOOR: dict[torch.dtype, float] = {
 }
 """What is granted beyond the rival's error, relative to the largest true value."""
 
-MAX_BIAS_ULP = 0.1
+MAX_BIAS_ULP = 0.25
 """How far the mean signed rounding error of a half-precision result may be from zero, in units in the last place.
 
-Rounding to nearest gives 0 +- 0.29 / sqrt(n); truncation gives -0.5 and passes the elementwise bound."""
+Rounding to nearest gives 0 +- 0.29 / sqrt(n) for n independent values, truncation -0.5, which passes the elementwise
+bound. Half of that, because results are not independent: a weight's gradient from three rows reached 0.2."""
 
 BIAS_SAMPLES = 1024
-"""The fewest values from which a bias is judged (standard error 0.01 ulp)."""
+"""The fewest values from which a bias is judged."""
 
-MAX_ULP: dict[str, float] = {"exp": 1.5, "log": 1.0, "tanh": 1.5, "erf": 1.5, "sigmoid": 3.0}
+MAX_ULP: dict[str, float] = {"exp": 1.1, "log": 1.0, "tanh": 1.5, "erf": 1.5, "sigmoid": 3.0}
 """Largest error of the vector math functions over all of float32 against float64, in units in the last place of
 the true result, where that is a normal number."""
 

@@ -210,6 +210,7 @@ def _wide_cases() -> Iterator[Case]:
     yield _case("wide_blocks", "tail", _Shape((520,), 2051, 101), "gelu_tanh", wide=True)
     yield _packed("wide_blocks", "tail", _Shape((520,), 2051, 101), "gelu_tanh", wide=True)
     yield _case("wide_columns", "tail", _Shape((70,), 65, 3001), wide=True)
+    yield _packed("wide_rows", "tail", _Shape((301,), 40, 97), wide=True)
     yield _case(
         "wide_slices", "padded_rows", _Shape((65,), 100, 97, "row", "outliers", False, "padded_rows"), wide=True
     )

@@ -1,0 +1,1 @@
+"""Families of benchmark rows, one module each: found by `fastnn.testing.bench_cases`."""

@@ -1,0 +1,332 @@
+"""Plants the faults of faults.py one by one and demands that the suite catches each.
+
+    python tests/faults/plant.py [--jobs 2] [--only WORDS] [--keep FOLDER]
+
+The tree is copied once per worker; in the copy one text is replaced, the C++ objects that depend on the file are
+compiled again without optimisation (2 to 8 seconds), linked with the others, and the tests that the fault names run
+with -x. They must fail: an error in collecting them, or no test, does not count. Before that all of them run on the
+unchanged copy and must pass. Exit status 0 if every fault was caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Queue
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from faults import FAULTS, Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("fastnn", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")
+SETS = ("scalar", "avx2", "avx512_bf16")  # those that faults are planted in, in rising order
+TEST_SECONDS = 240
+# An editable install of the package answers `import fastnn` before any path is looked at; not in the copy.
+SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'fastnn' not in type(f).__module__]\n"
+
+
+class PlantError(Exception):
+    """The experiment itself went wrong."""
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    if done.returncode:
+        raise PlantError(f"{shlex.join(command)[:300]}\n{done.stdout[-2000:]}{done.stderr[-3000:]}")
+    return done
+
+
+# ---- building
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One C++ source and the command that compiles it, without its output."""
+
+    source: str
+    command: tuple[str, ...]
+
+    @property
+    def object_name(self) -> str:
+        return self.source.replace("/", "_") + ".o"
+
+    def compile(self, root: Path, folder: Path) -> Path:
+        """Compiles the source as it is under `root`; no optimisation and no warnings, that is what makes it quick."""
+        target = folder / self.object_name
+        command = [part.replace(str(ROOT / "csrc"), str(root / "csrc")) for part in self.command]
+        run([*command, "-O0", "-w", "-MMD", "-MF", f"{target}.d", "-o", str(target)], cwd=root)
+        return target
+
+
+@dataclass(frozen=True)
+class Base:
+    """The unchanged extension, as objects."""
+
+    folder: Path
+    units: tuple[Unit, ...]
+    link: tuple[str, ...]
+    sets: tuple[str, ...]
+
+    @property
+    def isa(self) -> str:
+        """The set that kernel faults are planted in: the quickest to run that is not the fallback."""
+        return "avx2" if "avx2" in self.sets else self.sets[-1]
+
+    def depends(self, unit: Unit, file: str) -> bool:
+        return str(ROOT / file) in (self.folder / f"{unit.object_name}.d").read_text().split()
+
+    def extension(self, to: Path, changed: dict[str, Path]) -> None:
+        """Links the objects, with the changed ones in place of their like."""
+        objects = [str(changed.get(u.source, self.folder / u.object_name)) for u in self.units]
+        temporary = to.with_suffix(".new")
+        run([self.link[0], "-shared", "-o", str(temporary), *objects, *self.link[1:]])
+        temporary.replace(to)
+
+
+def supported_sets() -> tuple[str, ...]:
+    code = "from fastnn import _extension as e; print(*e.require().isa_supported())"
+    found = run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    return tuple(isa for isa in SETS if isa in found.stdout.split())
+
+
+def key_of_sources() -> str:
+    """Changes with everything the objects are made of."""
+    digest = hashlib.sha256(sys.version.encode())
+    digest.update(run(["c++", "--version"]).stdout.encode())
+    for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").rglob("*"))]:
+        if path.is_file() and "__pycache__" not in path.parts and "tests" not in path.parts:
+            digest.update(str(path).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def configure(folder: Path, sets: tuple[str, ...]) -> list[Unit]:
+    """CMake decides on flags; its compile commands are taken over."""
+    finder = "import pybind11; print(pybind11.get_cmake_dir())"
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    options = [
+        f"-DFASTNN_ISAS={';'.join(sets)}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={run([sys.executable, '-c', finder]).stdout.strip()}",
+    ]
+    run(["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options])
+    units = []
+    for entry in json.loads((folder / "compile_commands.json").read_text()):
+        words = shlex.split(entry["command"])
+        at = words.index("-o")
+        units.append(Unit(str(Path(entry["file"]).relative_to(ROOT)), tuple(words[:at] + words[at + 2 :])))
+    return units
+
+
+def build_base(jobs: int) -> Base:
+    """The objects of the unchanged tree, built once and kept for the next call."""
+    home = ROOT / "build" / "faults"
+    folder, sets = home / key_of_sources(), supported_sets()
+    for old in home.glob("*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    done = folder / "done"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+    units = configure(folder / "cmake", sets)
+    if not done.exists():
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda unit: unit.compile(ROOT, folder), units))
+        done.touch()
+    torch_folder = run([sys.executable, str(ROOT / "csrc/tools/find_torch.py")]).stdout.strip()
+    link = (
+        units[0].command[0],
+        f"{torch_folder}/lib/libtorch_cpu.so",
+        f"-Wl,--version-script={folder / 'cmake' / 'exports.map'}",
+        "-Wl,--allow-shlib-undefined",
+        "-pthread",
+    )
+    return Base(folder, tuple(units), link, sets)
+
+
+# ---- one worker's copy of the tree
+
+
+class Copy:
+    """A copy of the tree with its own extension."""
+
+    def __init__(self, base: Base, folder: Path) -> None:
+        self.base, self.root, self.objects = base, folder / "tree", folder / "objects"
+        self.objects.mkdir(parents=True)
+        ignore = shutil.ignore_patterns("__pycache__", "*.so")
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, self.root / name, ignore=ignore)
+            else:
+                shutil.copy(source, self.root / name)
+        (self.root / "sitecustomize.py").write_text(SITE)
+        self.module = self.root / "fastnn" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        self.kept = folder / "unchanged.so"
+        base.extension(self.kept, {})
+        shutil.copy(self.kept, self.module)
+
+    def python(self, *arguments: str) -> tuple[int, str]:
+        """Runs Python on the copy; (status, output)."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("FASTNN_")}
+        environment = {**kept, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
+        try:
+            done = subprocess.run(
+                [sys.executable, *arguments],
+                cwd=self.root,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=TEST_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return 124, f"no end after {TEST_SECONDS} s"
+        return done.returncode, done.stdout
+
+    def test(self, selection: list[str]) -> tuple[int, str]:
+        return self.python("-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider", *selection)
+
+    def check_is_used(self) -> None:
+        status, output = self.python("-c", "import fastnn; print(fastnn.__file__, fastnn._extension._C.__file__)")
+        paths = output.split()
+        if status or len(paths) != 2 or not all(path.startswith(str(self.root)) for path in paths):
+            raise PlantError(f"the copy is not what Python imports: {output}")
+
+    def plant(self, fault: Fault) -> None:
+        """Writes the fault and builds what it needs."""
+        path = self.root / fault.file
+        path.write_text(mutated(fault))
+        if not fault.file.startswith("csrc/"):
+            return
+        isa = fault.isa or self.base.isa
+        changed = {
+            unit.source: unit.compile(self.root, self.objects)
+            for unit in self.base.units
+            if self.base.depends(unit, fault.file)
+            and ("/isa_" not in unit.source or unit.source.endswith(f"/isa_{isa}.cpp"))
+        }
+        if not changed:
+            raise PlantError(f"{fault.name}: nothing is compiled from {fault.file}")
+        self.base.extension(self.module, changed)
+
+    def restore(self, fault: Fault) -> None:
+        shutil.copy(ROOT / fault.file, self.root / fault.file)
+        if fault.file.startswith("csrc/"):
+            temporary = self.module.with_suffix(".new")
+            shutil.copy(self.kept, temporary)
+            temporary.replace(self.module)
+
+
+def mutated(fault: Fault) -> str:
+    """The file with the fault in it."""
+    text = (ROOT / fault.file).read_text()
+    if text.count(fault.old) != 1 or fault.old == fault.new:
+        raise PlantError(f"{fault.name}: its text occurs {text.count(fault.old)} times in {fault.file}, not once")
+    return text.replace(fault.old, fault.new)
+
+
+# ---- the experiment
+
+
+@dataclass(frozen=True)
+class Result:
+    fault: Fault
+    caught: bool
+    how: str
+    seconds: float
+
+
+def judge(status: int, output: str) -> tuple[bool, str]:
+    """Whether the suite failed, and on what."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    if status == 1:
+        failed = [line for line in lines if line.startswith("FAILED")]
+        return bool(failed), failed[0][7:] if failed else "failed without a failing test"
+    if status < 0:
+        return True, f"crashed: signal {-status}"
+    return False, f"NOT CAUGHT: pytest's status is {status}: {lines[-1] if lines else ''}"
+
+
+def plant_one(copies: Queue[Copy], fault: Fault) -> Result:
+    copy, start = copies.get(), time.monotonic()
+    try:
+        copy.plant(fault)
+        caught, how = judge(*copy.test([test.format(isa=copy.base.isa) for test in fault.caught_by]))
+    except PlantError as error:
+        caught, how = False, f"NOT PLANTED: {error}"
+    finally:
+        copy.restore(fault)
+        copies.put(copy)
+    result = Result(fault, caught, how, time.monotonic() - start)
+    print(f"{'caught' if caught else 'MISSED':>7} {result.seconds:5.0f} s  {fault.name}  <- {how[:150]}", flush=True)
+    return result
+
+
+def control(copies: list[Copy], faults: list[Fault]) -> None:
+    """Everything that will have to fail passes without a fault."""
+    tests = sorted({test.format(isa=copies[0].base.isa) for fault in faults for test in fault.caught_by})
+    shares = [tests[i :: len(copies)] for i in range(len(copies))]
+    with ThreadPoolExecutor(len(copies)) as pool:
+        for status, output in pool.map(lambda pair: pair[0].test(pair[1]), zip(copies, shares, strict=True)):
+            if status not in (0, 5) or (status == 5 and len(tests) >= len(copies)):
+                raise PlantError(f"the unchanged tree fails what must catch the faults:\n{output[-4000:]}")
+
+
+def experiment(faults: list[Fault], jobs: int, folder: Path) -> bool:
+    start = time.monotonic()
+    base = build_base(jobs)
+    can = [f for f in faults if f.isa in ("", *base.sets) and len(base.sets) >= f.sets]
+    for fault in faults:
+        if fault not in can:
+            print(f"skipped          {fault.name}: this CPU lacks {fault.isa or 'a second instruction set'}")
+    copies = [Copy(base, folder / str(i)) for i in range(jobs)]
+    for copy in copies:
+        copy.check_is_used()
+    control(copies, can)
+    print(
+        f"built and unfaulted in {time.monotonic() - start:.0f} s; instruction sets {', '.join(base.sets)}", flush=True
+    )
+    waiting: Queue[Copy] = Queue()
+    for copy in copies:
+        waiting.put(copy)
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda fault: plant_one(waiting, fault), can))
+    caught = sum(result.caught for result in results)
+    print(f"{caught}/{len(can)} faults caught in {time.monotonic() - start:.0f} s")
+    return caught == len(can) > 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--jobs", type=int, default=2, help="workers (2)")
+    parser.add_argument("--only", default="", help="only faults with this in their name or file")
+    parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
+    options = parser.parse_args()
+    faults = [replace(f) for f in FAULTS if options.only in f.name or options.only in f.file]
+    for fault in faults:
+        mutated(fault)
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="fastnn-faults-"))
+    try:
+        return 0 if experiment(faults, options.jobs, folder) else 1
+    except PlantError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if options.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
