@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ class AttentionOptions(NamedTuple):
 
 if _extension._C is not None:
     _raw = torch.ops.fastnn
-    _dispatch.register(
-        "attention", "cpu", _dispatch.Kernels(_raw.attention_fwd.default, _raw.attention_bwd.default)
-    )
+    _dispatch.register("attention", "cpu", _dispatch.Kernels(_raw.attention_fwd.default, _raw.attention_bwd.default))
 
     @torch.library.register_fake("fastnn::attention_fwd", lib=_extension.library)
     def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -165,6 +163,36 @@ def _four_dimensional(tensor: Tensor, batch: torch.Size) -> Tensor:
     return tensor.expand(*batch, *tensor.shape[-3:]).reshape(-1, *tensor.shape[-3:])
 
 
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -213,11 +241,11 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.dtype != torch.bool else attn_mask
     _check(query, key, value, attn_mask, enable_gqa)
     options = _options(query, dropout_p, is_causal, scale, window, softcap)
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])  # type: ignore[no-untyped-call]
     q, k, v = (_four_dimensional(t, batch) for t in (query, key, value))
     k, v = (t.expand(q.shape[0], -1, -1, -1) if t.shape[0] == 1 else t for t in (k, v))
     if not enable_gqa and not q.shape[1] == k.shape[1] == v.shape[1]:
-        heads = torch.broadcast_shapes(q.shape[1:2], k.shape[1:2], v.shape[1:2])[0]
+        heads = max(q.shape[1], k.shape[1], v.shape[1])
         q, k, v = (t.expand(-1, heads, -1, -1) for t in (q, k, v))
     mask = attn_mask if attn_mask is None or attn_mask.dim() <= 4 else _four_dimensional(attn_mask, batch)
     seed = torch.randint(0, 2**62, ()) if dropout_p > 0 else None
