@@ -72,8 +72,11 @@ def dropout_mask(shape: tuple[int, ...], seed: Tensor, probability: float) -> Te
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """softmax(cap(q k^T scale) + mask) v in plain PyTorch, 4-d; returns (output, logsumexp)."""
+    """softmax(cap(q k^T scale) + mask) v in plain PyTorch, 4-d, half precision in float32; (output, logsumexp)."""
     dropout, scale, softcap, left, right = options
+    dtype = query.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()
     group = query.shape[1] // max(key.shape[1], 1)
     if group > 1:
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -87,13 +90,13 @@ def attention_reference(
     elif mask is not None:
         scores = scores + mask
     scores = scores.masked_fill(~visible, -math.inf)
-    lse = torch.logsumexp(scores, -1)
-    # A query that sees nothing gets zeros, as in torch; exp of (-inf) - 0 keeps its gradient zero too.
+    # A query that sees nothing gets zeros, as in torch; filled before the softmax, its gradient is zero and not NaN.
     nothing = (scores == -math.inf).all(-1)
-    weights = torch.exp(scores - lse.masked_fill(nothing, 0.0)[..., None])
+    lse = torch.logsumexp(scores.detach(), -1).masked_fill(nothing, math.inf).float()
+    weights = torch.softmax(scores.masked_fill(nothing[..., None], 0.0), -1).masked_fill(nothing[..., None], 0.0)
     if seed is not None and dropout > 0:
         weights = weights * dropout_mask(tuple(weights.shape), seed, dropout) / (1 - dropout)
-    return weights.to(value.dtype) @ value, lse.masked_fill(nothing, math.inf).float()
+    return (weights @ value).to(dtype), lse
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -132,35 +135,78 @@ class AttentionFunction(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
+WHERE = "fastnn.scaled_dot_product_attention"
+
+
+def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{WHERE}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{WHERE}: {name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.device != query.device:
+        raise TypeError(f"{WHERE}: {name} is on {tensor.device}, query on {query.device}")
+    if name == "attn_mask":
+        if not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point):
+            raise TypeError(f"{WHERE}: attn_mask must be boolean or floating point, got {tensor.dtype}")
+        return
+    if tensor.dim() < 2:
+        raise ValueError(f"{WHERE}: {name} must be (*, length, features), got shape {tuple(tensor.shape)}")
+    if not tensor.dtype.is_floating_point or tensor.dtype != query.dtype:
+        raise TypeError(
+            f"{WHERE}: query, key and value must be floating point of one dtype, got {name} {tensor.dtype} "
+            f"beside query {query.dtype}"
+        )
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> None:
-    where = "fastnn.scaled_dot_product_attention"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.dim() < 2:
-            raise ValueError(f"{where}: {name} must be (*, length, features), got shape {tuple(tensor.shape)}")
-        if not tensor.dtype.is_floating_point or tensor.dtype != query.dtype or tensor.device != query.device:
-            raise TypeError(
-                f"{where}: query, key and value must be floating point of one dtype and device, got {name} "
-                f"{tensor.dtype} on {tensor.device} beside query {query.dtype} on {query.device}"
-            )
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
+        if tensor is not None or name != "attn_mask":
+            _check_tensor(name, tensor, query)  # type: ignore[arg-type]
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         raise ValueError(
-            f"{where}: query and key must have the same features, key and value the same length; got query "
+            f"{WHERE}: query and key must have the same features, key and value the same length; got query "
             f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    if enable_gqa and (query.dim() < 3 or key.dim() < 3 or query.shape[-3] % max(key.shape[-3], 1)):
-        raise ValueError(f"{where}: enable_gqa needs query heads to be a multiple of key heads")
-    if mask is not None and not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
-        raise TypeError(f"{where}: attn_mask must be boolean or floating point, got {mask.dtype}")
+    if enable_gqa and (
+        min(query.dim(), key.dim(), value.dim()) < 3
+        or key.shape[-3] != value.shape[-3]
+        or query.shape[-3] % max(key.shape[-3], 1)
+    ):
+        raise ValueError(
+            f"{WHERE}: enable_gqa needs query heads to be a multiple of key heads, as many as value heads; got query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+
+
+def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[torch.Size, tuple[Tensor, ...]]:
+    """The batch dimensions, and query, key and value in four dimensions, the batch as one."""
+    operands = (query, key, value)
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in operands))
+        heads = () if enable_gqa else torch.broadcast_shapes(*(t.shape[-3:-2] for t in operands))
+    except RuntimeError:
+        raise ValueError(
+            f"{WHERE}: batch dimensions and heads must broadcast; got query {tuple(query.shape)}, key "
+            f"{tuple(key.shape)}, value {tuple(value.shape)}"
+        ) from None
+    four = tuple(_four_dimensional(t, batch) for t in operands)
+    return batch, four if enable_gqa else tuple(t.expand(-1, *(heads or (1,)), -1, -1) for t in four)
 
 
 def _four_dimensional(tensor: Tensor, batch: torch.Size) -> Tensor:
-    if tensor.dim() == 4:
-        return tensor
     if tensor.dim() < 4:
-        return tensor.reshape((1,) * (4 - tensor.dim()) + tensor.shape)
-    return tensor.expand(*batch, *tensor.shape[-3:]).reshape(-1, *tensor.shape[-3:])
+        tensor = tensor.reshape((1,) * (4 - tensor.dim()) + tensor.shape)
+    if len(batch) > 1:
+        return tensor.expand(*batch, *tensor.shape[-3:]).reshape(-1, *tensor.shape[-3:])
+    return tensor.expand(*(batch or (1,)), -1, -1, -1)
+
+
+def _read_mask(mask: Tensor, batch: torch.Size, scores: tuple[int, int, int]) -> Tensor:
+    """The mask in at most four dimensions."""
+    full = (*(batch or (1,)), *scores)
+    if mask.dim() > len(full) or not all(m in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)):
+        raise ValueError(f"{WHERE}: attn_mask must broadcast to {tuple(full)}, got shape {tuple(mask.shape)}")
+    return mask if mask.dim() < 4 or len(batch) <= 1 else _four_dimensional(mask, batch)
 
 
 @overload
@@ -241,32 +287,29 @@ def scaled_dot_product_attention(
         attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.dtype != torch.bool else attn_mask
     _check(query, key, value, attn_mask, enable_gqa)
     options = _options(query, dropout_p, is_causal, scale, window, softcap)
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])  # type: ignore[no-untyped-call]
-    q, k, v = (_four_dimensional(t, batch) for t in (query, key, value))
-    k, v = (t.expand(q.shape[0], -1, -1, -1) if t.shape[0] == 1 else t for t in (k, v))
-    if not enable_gqa and not q.shape[1] == k.shape[1] == v.shape[1]:
-        heads = max(q.shape[1], k.shape[1], v.shape[1])
-        q, k, v = (t.expand(-1, heads, -1, -1) for t in (q, k, v))
-    mask = attn_mask if attn_mask is None or attn_mask.dim() <= 4 else _four_dimensional(attn_mask, batch)
+    batch, (q, k, v) = _broadcast(query, key, value, enable_gqa)
+    mask = None if attn_mask is None else _read_mask(attn_mask, batch, (q.shape[1], q.shape[2], k.shape[2]))
     seed = torch.randint(0, 2**62, ()) if dropout_p > 0 else None
     out, lse = _attention(q, k, v, mask, seed, options)
-    shape = query.shape[:-3] if query.dim() > 3 else query.shape[:0]
-    shape = (batch if query.dim() > 4 else shape) + (out.shape[1:3] if query.dim() > 2 else out.shape[2:3])
-    out = out if query.dim() == 4 else out.reshape(*shape, value.shape[-1])
-    return (out, lse.reshape(shape)) if return_lse else out
+    rank = max(query.dim(), key.dim(), value.dim())
+    if rank != 4:
+        lead = (*batch, q.shape[1]) if rank > 2 else ()
+        out, lse = out.reshape(*lead, *out.shape[2:]), lse.reshape(*lead, lse.shape[2])
+    return (out, lse) if return_lse else out
 
 
 def _options(
     query: Tensor, dropout: float, is_causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float
 ) -> AttentionOptions:
-    where = "fastnn.scaled_dot_product_attention"
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{where}: dropout_p must be in [0, 1), got {dropout}")
+        raise ValueError(f"{WHERE}: dropout_p must be in [0, 1), got {dropout}")
     if not softcap >= 0.0:
-        raise ValueError(f"{where}: softcap must not be negative, got {softcap}")
-    left, right = window if window is not None else (-1, -1)
-    if left < -1 or right < -1:
-        raise ValueError(f"{where}: window must be (left, right) counts of keys, -1 for no limit; got {window}")
+        raise ValueError(f"{WHERE}: softcap must not be negative, got {softcap}")
+    if window is None:
+        window = (-1, -1)
+    if not isinstance(window, (tuple, list)) or len(window) != 2 or min(window) < -1:
+        raise ValueError(f"{WHERE}: window must be (left, right) counts of keys, -1 for no limit; got {window}")
+    left, right = window
     if is_causal:
         right = 0
     factor = scale if scale is not None else 1.0 / math.sqrt(max(query.shape[-1], 1))
@@ -278,8 +321,14 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     backend = _dispatch.pick("attention", q)
     wants = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    mask_gradient = torch.is_grad_enabled() and mask is not None and mask.requires_grad
-    if backend == "reference" or mask_gradient or (mask is not None and mask.dtype == torch.float64):
+    plain = ""
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        plain = "attn_mask requires grad, which the reference computes"
+    elif mask is not None and mask.dtype == torch.float64:
+        plain = "attn_mask is float64"
+    if plain:
+        _dispatch.refuse_if_forced("scaled_dot_product_attention", plain)
+    if backend == "reference" or plain:
         note_reference("attention_fwd")
         return attention_reference(q, k, v, mask, seed, options)
     if wants:

@@ -98,6 +98,10 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOp
     for name, tensor in (("input", input), ("target", target), ("weight", weight)):
         if not isinstance(tensor, Tensor) and not (name == "weight" and tensor is None):
             raise TypeError(f"fastnn.cross_entropy: {name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.layout is not torch.strided:
+            raise TypeError(f"fastnn.cross_entropy: {name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"fastnn.cross_entropy: {name} is on {tensor.device}, input on {input.device}")
     if options.reduction not in REDUCTION_CODE:
         raise ValueError(f"fastnn.cross_entropy: reduction must be 'none', 'mean' or 'sum', got {options.reduction!r}")
     if not 0.0 <= options.label_smoothing <= 1.0:
@@ -119,8 +123,6 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOp
 
 def _check_target(input: Tensor, target: Tensor, options: LossOptions) -> None:
     indices_shape = (*input.shape[:1], *input.shape[2:]) if input.dim() > 1 else ()
-    if target.device != input.device:
-        raise ValueError(f"fastnn.cross_entropy: target is on {target.device}, input on {input.device}")
     if target.dtype.is_floating_point:
         if target.shape != input.shape:
             raise ValueError(
@@ -196,9 +198,14 @@ def cross_entropy(
         target = target.long()
     backend = _dispatch.pick("cross_entropy", input)
     # Gradients of probabilities and class weights, and probabilities of another type: plain PyTorch has them.
-    exotic = torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad))
-    exotic = exotic or (target.dtype.is_floating_point and target.dtype != input.dtype)
-    if backend == "reference" or exotic:
+    plain = ""
+    if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
+        plain = "target or weight requires grad, which the reference computes"
+    elif target.dtype.is_floating_point and target.dtype != input.dtype:
+        plain = f"target is {target.dtype}, input {input.dtype}"
+    if plain:
+        _dispatch.refuse_if_forced("cross_entropy", plain)
+    if backend == "reference" or plain:
         note_reference("cross_entropy_fwd")
         return cross_entropy_reference(input, target, weight, options)
     return _on_rows(input, target, weight, options, backend)
