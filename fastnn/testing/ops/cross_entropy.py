@@ -180,8 +180,9 @@ def _matrix_cases() -> Iterator[Case]:
     for reduction in ("mean", "sum", "none"):
         for size in ((0, 5), (0, 5, 3), (2, 5, 0)):
             name = "x".join(map(str, size))
-            yield _case(f"{name}_{reduction}", "empty", _Shape(size), reduction=reduction)
-            yield _case(f"{name}_probabilities_{reduction}", "empty", _Shape(size, True), reduction=reduction)
+            yield _case(f"{name}_{reduction}", "empty", _Shape(size), bites=False, reduction=reduction)
+            shape = _Shape(size, True, weight=True)
+            yield _case(f"{name}_probabilities_{reduction}", "empty", shape, bites=False, reduction=reduction)
     for classes in (2, 3, 5, 15, 16, 17, 31, 33, 63, 65):
         yield _case(f"classes_{classes}", "tail", _Shape((5, classes)), reduction="none")
         shape = _Shape((5, classes), weight=True)
