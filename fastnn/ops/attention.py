@@ -182,8 +182,8 @@ def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> t
     """The batch dimensions, and query, key and value in four dimensions, the batch as one."""
     operands = (query, key, value)
     try:
-        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in operands))
-        heads = () if enable_gqa else torch.broadcast_shapes(*(t.shape[-3:-2] for t in operands))
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in operands))  # type: ignore[no-untyped-call]
+        heads = torch.broadcast_shapes(*(t.shape[-3:-2] for t in operands[: 1 if enable_gqa else 3]))  # type: ignore[no-untyped-call]
     except RuntimeError:
         raise ValueError(
             f"{WHERE}: batch dimensions and heads must broadcast; got query {tuple(query.shape)}, key "

@@ -125,8 +125,9 @@ def _raw_shared_calls() -> Iterator[tuple[str, dict[str, Any], Any, tuple[str, .
     yield "seed_none", {"dropout": 0.5, "seed": torch.tensor([], dtype=torch.long)}, ValueError, ("seed",)
     for cap in (-1.0, nan):
         yield f"softcap_{cap}", {"softcap": cap}, ValueError, ("softcap",)
-    for left, right in ((-2, 0), (0, -2), (-(2**40), -1)):
-        yield f"window_{left}_{right}", {"left": left, "right": right}, ValueError, ("window", str(left))
+    for window in ((-2, 0), (0, -2), (-(2**40), -1)):
+        given = {"left": window[0], "right": window[1]}
+        yield f"window_{window[0]}_{window[1]}", given, ValueError, ("window", str(window[0]))
 
 
 def _raw_calls() -> Iterator[InvalidCall]:

@@ -106,6 +106,8 @@ class _Call:
         options = AttentionOptions(self.dropout, scale, self.softcap, left, 0 if self.causal else right)
         q, k, v = (_four_dimensional(t) for t in (query, key, value))
         k, v = (t.expand(q.shape[0], *t.shape[1:]) for t in (k, v))
+        if mask is not None and query.dim() > 4:
+            mask = mask.expand(*query.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
         out, _ = attention_reference(q, k, v, mask, self.drawn_seed(), options)
         return out.reshape(*query.shape[:-1], value.shape[-1])
 
@@ -185,6 +187,10 @@ def _reshaped(shape: _Shape, change: Callable[[Tensor], Tensor]) -> Callable[[to
     return make
 
 
+def _two_batches(t: Tensor) -> Tensor:
+    return t.reshape(2, 3, *t.shape[1:])
+
+
 def _first_batch(shape: _Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     """Keys and values of one batch entry for all queries."""
     inputs = shape.make(dtype, generator)
@@ -262,8 +268,10 @@ def _matrix_cases() -> Iterator[Case]:
     yield _case("mask_batch_stride_0", "expanded", batches)
     yield _case("unaligned", "offset", _Shape(21, 35, 17, memory="offset"))
     yield _case("mask_unaligned", "offset", _Shape(mask="additive", memory="offset", mask_memory="offset"))
-    for name in ("b", "h", "sq", "sk", "d", "dv"):
-        yield _case(f"{name}0", "empty", _Shape(**{name: 0}), bites=False, with_torch=name != "d")
+    nothing = {"b": _Shape(b=0), "h": _Shape(h=0), "sq": _Shape(sq=0), "sk": _Shape(sk=0), "dv": _Shape(dv=0)}
+    for name, shape in nothing.items():
+        yield _case(f"{name}0", "empty", shape, bites=False)
+    yield _case("d0", "empty", _Shape(d=0, dv=16), with_torch=False)
     yield _case("sk0_causal", "empty", _Shape(sk=0), _Call(causal=True), bites=False)
     yield _case("sq0_masked", "empty", _Shape(sq=0, mask="bool"), bites=False)
     for sq, sk, d in ((1, 2, 3), (3, 5, 2), (7, 17, 15), (15, 31, 33), (17, 33, 9), (47, 95, 16), (49, 97, 17)):
@@ -282,7 +290,9 @@ def _matrix_cases() -> Iterator[Case]:
     yield _case("two_dims", "leading_dims", _Shape(), make=_reshaped(_Shape(), lambda t: t[0, 0]))
     yield _case("three_dims", "leading_dims", _Shape(), make=_reshaped(_Shape(), lambda t: t[0]))
     five = _Shape(b=6)
-    yield _case("five_dims", "leading_dims", five, make=_reshaped(five, lambda t: t.unflatten(0, (2, 3))))
+    yield _case("five_dims", "leading_dims", five, make=_reshaped(five, _two_batches))
+    five = _Shape(b=6, mask="blocked", mask_shape=(3, 1, 20, 24))
+    yield _case("five_dims_masked", "leading_dims", five, make=_reshaped(five, _two_batches), with_torch=False)
     yield _case("shared_keys", "leading_dims", _Shape(), make=partial(_first_batch, _Shape()))
     yield _case("one_query", "one_row", _Shape(1, 130))
     yield _case("one_head", "one_row", _Shape(30, 33, b=1, h=1))

@@ -196,10 +196,11 @@ def _matrix_cases() -> Iterator[Case]:
     yield _case("classes_first", "transposed", _Shape((23, 18), **turned), reduction="none")
     yield _case("probabilities_classes_first", "transposed", _Shape((23, 18), True, **turned), **EVERYTHING)
     yield _case("classes_last", "transposed", _Shape((4, 18, 9), input_memory=_permuted), reduction="none")
-    for size in ((3, 17, 5), (2, 17, 3, 4), (2, 6, 3, 2, 2)):
-        name = "x".join(map(str, size))
-        yield _case(name, "leading_dims", _Shape(size, weight=True), reduction="none")
-        yield _case(f"{name}_probabilities", "leading_dims", _Shape(size, True), **EVERYTHING)
+    deep: Sequence[tuple[int, ...]] = ((3, 17, 5), (2, 17, 3, 4), (2, 6, 3, 2, 2))
+    for dims in deep:
+        name = "x".join(map(str, dims))
+        yield _case(name, "leading_dims", _Shape(dims, weight=True), reduction="none")
+        yield _case(f"{name}_probabilities", "leading_dims", _Shape(dims, True), **EVERYTHING)
     yield _case("vector", "one_row", _Shape((1000,)), bites=False)
     yield _case("vector_probabilities", "one_row", _Shape((1000,), True, weight=True), **EVERYTHING)
     yield _case("vector_everything", "one_row", _Shape((65,), weight=True), reduction="sum", **EVERYTHING)
