@@ -1,7 +1,7 @@
 """The command line: `python -m fastnn COMMAND`, or `fastnn COMMAND`.
 
-A command is a module with `HELP`, `add_arguments(parser)` and `run(arguments) -> exit status`; it is imported when it
-is asked for. Exit status 2 means that it could not start: a wrong option, or an extra that is not installed.
+A command is a module with `add_arguments(parser)` and `run(arguments) -> exit status`, imported when it is asked for.
+Exit status 2 means that it could not start: a wrong option, or an extra that is not installed.
 """
 
 from __future__ import annotations

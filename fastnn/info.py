@@ -6,13 +6,18 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import _dispatch, _extension
+
+_LABEL = 19
+"""Width of the labels in the printed form."""
 
 
 def info() -> dict[str, Any]:
@@ -96,4 +101,9 @@ def _text(found: dict[str, Any]) -> str:
     lines["  supported here"] = ", ".join(isa["supported"])
     lines["  in this build"] = ", ".join(isa["compiled"])
     lines["environment"] = ", ".join(f"{key}={value}" for key, value in found["environment"].items())
-    return "\n".join(f"{label:<18} {text}" for label, text in lines.items() if text)
+    width = max(40, shutil.get_terminal_size((100, 24)).columns - _LABEL)
+    return "\n".join(
+        f"{label:<{_LABEL}}" + f"\n{' ' * _LABEL}".join(textwrap.wrap(text, width))
+        for label, text in lines.items()
+        if text
+    )

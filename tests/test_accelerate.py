@@ -151,7 +151,7 @@ def test_backward_hooks_keep_firing():
     seen = []
     model[0].register_full_backward_hook(lambda m, gi, go: seen.append(m))
     fastnn.accelerate(model)
-    model(x()).sum().backward()
+    model(x().requires_grad_()).sum().backward()
     assert seen == [model[0]]
 
 
@@ -206,7 +206,8 @@ def test_other_types_and_devices_are_left_alone(change, word):
     before = state_of(model)
     report = fastnn.accelerate(model)
     assert not report.accelerated and state_of(model) == before
-    assert word in entry(report, "0").reason and word in entry(report, "5").reason
+    for name in ("0", "5"):
+        assert (word if fastnn.info()["backends"]["cpu"]["available"] else "extension") in entry(report, name).reason
 
 
 def test_activations_without_a_kernel_are_reported():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 
 import pytest
@@ -392,6 +393,23 @@ def test_overridden_train_is_not_called():
     assert torch.equal(model.dense.weight, before)
 
 
+def test_a_garbage_collection_during_the_trace_is_not_taken_for_the_forward():
+    seen, threshold = [], gc.get_threshold()
+
+    def callback(phase, details):
+        seen.append(phase)
+        callback.attribute = 1
+
+    gc.callbacks.append(callback)
+    gc.set_threshold(1)
+    try:
+        assert fastnn.accelerate(ReadsChildren(), example_inputs=x()).fused == 1
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+    assert seen and gc.isenabled()
+
+
 def test_children_named_like_functions(monkeypatch):
     class Named(nn.Module):
         def __init__(self):
@@ -459,7 +477,7 @@ CHANGES = {
 def test_what_the_trace_took_for_granted_may_change(change, monkeypatch):
     model = ReadsChildren()
     ours, report = accelerated(model, example_inputs=x())
-    assert report.fused == 1
+    assert report.fused == 1, report.entries
     with fused_calls(monkeypatch) as calls:
         assert_same_answers(ours, model, x())
     assert calls == ["relu"]

@@ -138,16 +138,18 @@ class Plan:
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """The call's tensors in the order of `run`, or None where the call is not the one that was traced."""
-        given = dict(zip(self.positional, args, strict=False))
-        if len(args) > len(given) or given.keys() & kwargs.keys():
-            return None
-        given.update(kwargs)
-        found = [given.pop(name, None) for name in self.tensors]
+        found = list(args)
+        if kwargs or len(args) != len(self.tensors) or self.positional[: len(args)] != self.tensors:
+            given = dict(zip(self.positional, args, strict=False))
+            if len(args) > len(given) or given.keys() & kwargs.keys():
+                return None
+            given.update(kwargs)
+            found = [given.pop(name, None) for name in self.tensors]
+            for name, value in given.items():
+                if value is not self.defaults.get(name, ABSENT):
+                    return None
         for value in found:
             if not isinstance(value, Tensor):
-                return None
-        for name, value in given.items():
-            if value is not self.defaults.get(name, ABSENT):
                 return None
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -113,12 +114,15 @@ class _Tracer(torch.fx.Tracer):
             if event == "call" and not inner and frame.f_code.co_name != "__del__":  # a finaliser may run any time
                 self.codes.setdefault(frame.f_code, names_of(frame.f_code, frame.f_globals, frame.f_locals))
 
-        before = sys.getprofile()
+        before, collecting = sys.getprofile(), gc.isenabled()
+        gc.disable()  # a collection calls back code that is not the forward's
         sys.setprofile(watch)
         try:
             return function(*args, **kwargs)
         finally:
             sys.setprofile(before)
+            if collecting:
+                gc.enable()
 
     def create_arg(self, a: Any) -> Any:
         known = isinstance(a, nn.Parameter) or any(a is value for value in vars(self.root).values())

@@ -68,9 +68,9 @@ def load() -> Encoder:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads would disturb the measurement
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     folder = str(model_folder())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    return Encoder(model.eval(), tokenizer)
+    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+    return Encoder(model.float().eval(), tokenizer)

@@ -31,6 +31,14 @@ class Comparison:
     confidence: float
     """Of the interval, which is made of two of the rounds' ratios."""
 
+    @property
+    def method(self) -> str:
+        """How the numbers were found."""
+        interval = (
+            f"{100 * self.confidence:.0f} % interval of" if self.confidence >= 0.95 else "extremes of the rounds, not"
+        )
+        return f"Medians of {self.rounds} interleaved rounds; {interval} the median ratio."
+
 
 def compare(
     before: Callable[[], object], after: Callable[[], object], rounds: int, progress: Callable[[], None]

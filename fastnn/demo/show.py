@@ -24,6 +24,9 @@ from .sentences import CANDIDATES, QUERIES
 COSINE_LIMIT = 1e-5
 """The largest cosine distance between an embedding before and after."""
 
+_LARGE_BATCH = 16
+"""From this batch on the products, and not the calls, decide: the demo wants 1.10x there, and no loss below."""
+
 _SHOWN_QUERIES = (1, 4)
 _SHOWN_ANSWERS = 4
 
@@ -149,7 +152,7 @@ def _time(original: Encoder, ours: Encoder, rounds: int, batches: list[int], con
                 rounds,
                 advance,
             )
-            target = 1.0 if batch == 1 else 1.1
+            target = 1.1 if batch >= _LARGE_BATCH else 1.0
             timings.append(Timing(batch, tokens["input_ids"].shape[1], target, found))
     return timings
 
@@ -164,14 +167,7 @@ def _times(timings: list[Timing]) -> Any:
         Column("interval", lambda t: f"{t.found.low:.2f} to {t.found.high:.2f}", "right"),
         Column("target", lambda t: f"{t.target:.2f}x {t.verdict}"),
     )
-    first = timings[0].found
-    return rich_table(
-        "Latency, float32",
-        columns,
-        timings,
-        f"Medians of {first.rounds} interleaved rounds; interval of the median "
-        f"ratio at {100 * first.confidence:.0f} %.",
-    )
+    return rich_table("Latency, float32", columns, timings, timings[0].found.method)
 
 
 def _problems(agreement: Agreement, verified: bool, verification: str) -> list[str]:
@@ -191,7 +187,8 @@ def _outcome(agreement: Agreement, kernels: list[dict[str, Any]], timings: list[
         f"largest difference {agreement.max_abs_difference:.1e}",
         f"Ranking of {len(CANDIDATES)} sentences for {len(QUERIES)} questions unchanged: "
         + ("[green]yes[/]" if agreement.ranking_unchanged else "[red]no[/]"),
-        "Ran: " + ", ".join(f"{k['kernel']} x{k['calls']} ({k['backend']} {k['isa']})" for k in kernels),
+        "Ran: "
+        + ", ".join(f"{k['kernel']} x{k['calls']} ({k['backend']}{k['isa'] and ' ' + k['isa']})" for k in kernels),
     ]
     for timing in timings:
         if timing.found.ratio < timing.target:

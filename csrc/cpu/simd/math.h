@@ -33,9 +33,9 @@ FASTNN_INLINE Vec exp(Vec x) {
 FASTNN_INLINE Vec log(Vec x) {
   const IVec tiny = as_int(x) < splat_int(0x00800000);  // subnormal, zero or negative
   const Vec scaled = select(tiny, x * 0x1p24f, x);
-  const IVec bits = as_int(scaled);
-  const IVec exponent = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2) and up count to the next power
-  const Vec m = as_float(bits - (exponent << 23));
+  const UVec bits = (UVec)scaled;  // unsigned: a negative x wraps, and its result is replaced below
+  const IVec exponent = (IVec)(bits - 0x3f3504f3u) >> 23;  // sqrt(1/2) and up count to the next
+  const Vec m = (Vec)(bits - ((UVec)exponent << 23));
   const Vec e = __builtin_convertvector(exponent, Vec) - select(tiny, splat(24.f), zero());
   const Vec f = m - 1.f;
   Vec q = fma(splat(0.067466013f), f, splat(-0.116756409f));
@@ -66,7 +66,7 @@ FASTNN_INLINE Vec tanh(Vec x) {
   q = fma(q, s, splat(-0.333333164f));
   const Vec small = fma(x * s, q, x);
   const Vec large = fma(splat(-2.f), reciprocal(exp(min(splat(9.1f), t) * 2.f) + 1.f), splat(1.f));
-  const Vec y = select(t < splat(0.55f), small, copysign(large, x));
+  const Vec y = copysign(select(t < splat(0.55f), small, large), x);  // -0 gives -0
   return select(x != x, x, y);
 }
 

@@ -271,8 +271,10 @@ FASTNN_INLINE Half16 narrow(Vec x, Float16) {
   const IVec sign = (as_int(x) >> 16) & 0x8000;
   const IVec magnitude = as_int(x) & 0x7fffffff;
   // Normal results: round the lower 13 bits to even, then correct the exponent's bias.
-  const IVec rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
-  const IVec normal = (rounded - ((127 - 15) << 23)) >> 13;
+  // Unsigned, since the bits of a NaN wrap; its result is replaced below.
+  const UVec rounded_bits = (UVec)magnitude + (((UVec)magnitude >> 13) & 1u) + 0xfffu;
+  const IVec rounded = (IVec)rounded_bits;
+  const IVec normal = (IVec)(rounded_bits - ((127u - 15u) << 23)) >> 13;
   // Subnormal results: adding 0.5 leaves multiples of 2^-24 in the low bits, rounded by the
   // addition.
   const IVec subnormal = as_int(as_float(magnitude) + 0.5f) - 0x3f000000;
