@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy
@@ -52,6 +52,10 @@ class Training:
     def ratio(self) -> float:
         """Median over the steps of torch's time by fastnn's."""
         return statistics.median(a / b for a, b in zip(self.torch.step_ms, self.fastnn.step_ms, strict=True))
+
+    def numbers(self) -> dict[str, object]:
+        """What the demo writes as JSON."""
+        return asdict(self) | {"ratio": self.ratio, "curve_difference": self.curve_difference}
 
     @property
     def curve_difference(self) -> float:
