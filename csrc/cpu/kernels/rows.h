@@ -1,6 +1,6 @@
 // Walking along a row: what the row operations share.
 #pragma once
-#include "cpu/simd/vec.h"
+#include "cpu/simd/lanes.h"
 
 namespace fastnn {
 namespace {
