@@ -7,7 +7,7 @@ from ._dispatch import use_backend
 from ._record import KernelRun, record
 from .accelerate import Explanation, Report, accelerate, explain
 from .info import info
-from .ops import linear, log_softmax, softmax
+from .ops import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "__version__",
     "accelerate",
+    "cross_entropy",
     "explain",
     "info",
     "linear",
@@ -24,6 +25,7 @@ __all__ = [
     "nn",
     "ops",
     "record",
+    "scaled_dot_product_attention",
     "softmax",
     "use_backend",
 ]

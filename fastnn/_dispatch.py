@@ -90,6 +90,12 @@ def pick(op: str, x: torch.Tensor) -> str:
     return backend
 
 
+def refuse_if_forced(op: str, reason: str) -> None:
+    """For calls that go to the reference whatever their main tensor: raises where another backend was forced."""
+    if _forced not in (None, "reference"):
+        raise NotImplementedError(f"fastnn.{op}: backend {_forced!r} was asked for and cannot run this call: {reason}")
+
+
 def _warn_missing() -> None:
     global _warned_missing
     if not _warned_missing and not torch.compiler.is_compiling():

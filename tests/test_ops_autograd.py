@@ -26,6 +26,14 @@ def leaves_of(case, dtype=torch.float32, wanted=None):
     return {name: t.detach().requires_grad_(name in wanted) for name, t in case.inputs(dtype).items()}
 
 
+def converted(leaves, dtype):
+    """The same leaves in another floating type; class indices and masks stay what they are."""
+    return {
+        name: (t.detach().to(dtype) if t.is_floating_point() else t).requires_grad_(t.requires_grad)
+        for name, t in leaves.items()
+    }
+
+
 def grad_for(output):
     values = torch.randn(output.shape, generator=torch.Generator().manual_seed(5))
     return values.to(output.dtype).requires_grad_()
@@ -33,14 +41,14 @@ def grad_for(output):
 
 def double_backward(case, call, dtype):
     """Gradients of a scalar made of the first gradients, with respect to the inputs and to grad_output."""
-    leaves = leaves_of(case)
-    leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in leaves.items()}
+    leaves = converted(leaves_of(case), dtype)
     output = call(leaves)
     grad = grad_for(output)
-    first = torch.autograd.grad(output, list(leaves.values()), grad, create_graph=True)
+    wanted = [leaves[name] for name in case.differentiable]
+    first = torch.autograd.grad(output, wanted, grad, create_graph=True)
     weights = [torch.randn(g.shape, generator=torch.Generator().manual_seed(7)).to(dtype) for g in first]
     total = sum((g * w).sum() for g, w in zip(first, weights, strict=True))
-    return [*first, *torch.autograd.grad(total, [*leaves.values(), grad], materialize_grads=True)]
+    return [*first, *torch.autograd.grad(total, [*wanted, grad], materialize_grads=True)]
 
 
 @pytest.mark.parametrize(("op", "name"), EVERYDAY)
@@ -56,7 +64,16 @@ def test_double_backward(op, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("op", "name"), [("softmax", "rows"), ("softmax", "log_rows"), ("linear", "gelu_bias")])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("softmax", "rows"),
+        ("softmax", "log_rows"),
+        ("linear", "gelu_bias"),
+        ("cross_entropy", "everything_mean"),
+        ("attention", "everything"),
+    ],
+)
 def test_double_backward_keeps_the_dtype(op, name, dtype):
     case = find_case(op, name)
     with best().forced():
@@ -135,7 +152,7 @@ def test_some_gradients_only(op, name):
         for call, dtype in ((case.call, None), (case.reference, torch.float64), (case.reference, None)):
             leaves = leaves_of(case, wanted=wanted)
             if dtype is not None:
-                leaves = {key: t.detach().to(dtype).requires_grad_(t.requires_grad) for key, t in leaves.items()}
+                leaves = converted(leaves, dtype)
             output = call(leaves)
             grad = grad_for(output).detach()
             results.append(torch.autograd.grad(output, [leaves[key] for key in wanted], grad))

@@ -15,7 +15,18 @@ from fastnn.testing import assert_within_budget, cases, op_names, policy, same_b
 
 pytestmark = pytest.mark.usefixtures("extension")
 
-RAW = ("linear_bwd", "linear_fwd", "linear_pack", "linear_packed_fwd", "softmax_bwd", "softmax_fwd")
+RAW = (
+    "attention_bwd",
+    "attention_fwd",
+    "cross_entropy_bwd",
+    "cross_entropy_fwd",
+    "linear_bwd",
+    "linear_fwd",
+    "linear_pack",
+    "linear_packed_fwd",
+    "softmax_bwd",
+    "softmax_fwd",
+)
 
 
 def raw(name):
@@ -51,6 +62,39 @@ def samples(dtype=torch.float32):
         packed = torch.ops.fastnn.linear_pack(w)
     yield "linear_packed_fwd", (x, packed, b, 7, 1)
     yield "linear_packed_fwd", (deep, packed, None, 7, 2)
+    yield from cross_entropy_samples(x, strided)
+    yield from attention_samples(dtype)
+
+
+def cross_entropy_samples(x, strided):
+    target, weight = torch.tensor([0, 3, -100, 11, 5]), x[0].abs() + 0.1
+    stats, divisors = torch.stack([x.float().amax(1), x.float().abs().sum(1).log()], 1), torch.tensor([2.0, 4.0])
+    for reduction in (0, 1, 2):
+        grad = x[:, 0] if reduction == 0 else x[0, 0]
+        yield "cross_entropy_fwd", (x, target, weight, reduction, -100, 0.1, 0.01, 0.0)
+        yield "cross_entropy_bwd", (grad, x, target, weight, stats, divisors, reduction, -100, 0.1, 0.01, 0.0)
+    shares = torch.softmax(x, 1)
+    yield "cross_entropy_fwd", (strided, shares, None, 1, -100, 0.0, 0.0, 5.0)
+    yield "cross_entropy_fwd", (strided.t(), torch.arange(12) % 5, None, 1, -100, 0.0, 0.0, 0.0)
+    yield "cross_entropy_bwd", (x[0, 0], strided, shares, None, stats, divisors, 1, -100, 0.0, 0.0, 5.0)
+
+
+def attention_samples(dtype):
+    q, k, v = (tensor(2, 4, n, d, dtype=dtype, seed=n) for n, d in ((5, 6), (9, 6), (9, 7)))
+    shared = [t[:, :2] for t in (k, v)]
+    inside = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    visible, added, seed = torch.arange(45).view(5, 9) % 3 > 0, tensor(4, 5, 9, dtype=dtype, seed=3), torch.tensor(7)
+    for operands in ((q, k, v), (q, *shared), inside):
+        for mask, seeded, options in (
+            (None, None, (0.0, 0.4, 0.0, -1, -1)),
+            (visible, None, (0.0, 0.4, 5.0, 3, 2)),
+            (added, seed, (0.3, 0.4, 0.0, -1, 0)),
+        ):
+            yield "attention_fwd", (*operands, mask, seeded, *options)
+            with torch.no_grad():
+                out, lse = torch.ops.fastnn.attention_fwd(*operands, mask, seeded, *options)
+            grad = tensor(*out.shape, dtype=dtype, seed=8)
+            yield "attention_bwd", (grad, *operands, mask, seeded, out, lse, *options)
 
 
 def handled(name, arguments):

@@ -129,6 +129,11 @@ Tensor new_output(const std::vector<int64_t>& sizes, DType dtype, int64_t huge_f
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
+  return new_strided_output(sizes, strides, dtype, huge_from);
+}
+
+Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                          DType dtype, int64_t huge_from) {
   AtenTensorHandle handle = nullptr;
   const auto failed = aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),

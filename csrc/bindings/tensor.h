@@ -71,10 +71,12 @@ Rows rows_of(const Tensor& t, Tensor& holder);
 
 // ---- outputs
 
-// A fresh contiguous CPU tensor, on huge pages where it is large, filled with NaN under
-// FASTNN_POISON.
+// A fresh CPU tensor, contiguous or by strides that leave no holes, on huge pages where it is
+// large, filled with NaN under FASTNN_POISON.
 Tensor new_output(const std::vector<int64_t>& sizes, DType dtype,
                   int64_t huge_from = kHugeOutputBytes);
+Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                          DType dtype, int64_t huge_from = kHugeOutputBytes);
 
 // Raw operators compute no gradients: with grad mode on the caller must have said that it takes
 // care of them.

@@ -2,6 +2,8 @@
 // or allocates. cpu/<op>.cpp splits the work over threads and calls them.
 #pragma once
 #include "cpu/gemm/params.h"
+#include "params/attention.h"
+#include "params/cross_entropy.h"
 #include "params/limits.h"
 #include "params/linear.h"
 #include "params/softmax.h"
@@ -17,6 +19,24 @@ struct KernelTable {
   int64_t (*softmax_items)(int64_t outer, int64_t inner);
   void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
   void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
+
+  // Rows [begin, end).
+  void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
+  void (*cross_entropy_bwd)(const CrossEntropyBwdParams& p, int64_t begin, int64_t end);
+
+  // (Batch entry, key head) pairs to float32: attention_widened_floats of each of k and v, 0 where
+  // they are float32 already.
+  int64_t (*attention_widened_floats)(const AttentionParams& p);
+  int64_t (*attention_widened_value_floats)(const AttentionParams& p);
+  void (*attention_widen)(const AttentionParams& p, int64_t item, float* k, float* v);
+  // Items [begin, end) of attention_fwd_items; (batch entry, key head) pairs [begin, end).
+  int64_t (*attention_fwd_items)(const AttentionParams& p);
+  int64_t (*attention_fwd_scratch)(const AttentionParams& p);
+  void (*attention_fwd)(const AttentionFwdParams& p, const float* k, const float* v, int64_t begin,
+                        int64_t end, float* scratch);
+  int64_t (*attention_bwd_scratch)(const AttentionParams& p);
+  void (*attention_bwd)(const AttentionBwdParams& p, const float* k, const float* v, int64_t begin,
+                        int64_t end, float* scratch);
 
   // Rows [m0, m1) and columns [n0, n1) of c; n0 a multiple of kStrip. scratch:
   // gemm_scratch_floats(p).

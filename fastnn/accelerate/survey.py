@@ -11,21 +11,27 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import _dispatch, _extension
-from ..nn import Linear, LogSoftmax, Softmax
-from . import activations
+from ..nn import CrossEntropyLoss, Linear, LogSoftmax, MultiheadAttention, Softmax
+from . import activations, attention
 from .fuse import LINEAR, Pair, read
 from .fused import STATE, Fusion, fused_class, why_not_fused
 from .report import Patch
 from .trace import Fused, containers
 
-_SOFTMAX: dict[type[Module], type[Module]] = {nn.Softmax: Softmax, nn.LogSoftmax: LogSoftmax}
-FASTNN = (Linear, Softmax, LogSoftmax)
+_SWAPPED: dict[type[Module], tuple[type[Module], str]] = {
+    nn.Softmax: (Softmax, "softmax"),
+    nn.LogSoftmax: (LogSoftmax, "softmax"),
+    nn.CrossEntropyLoss: (CrossEntropyLoss, "cross_entropy"),
+    nn.MultiheadAttention: (MultiheadAttention, "attention"),
+}
+"""Layers that only change their class, and the op that runs them."""
+FASTNN = (Linear, *(ours for ours, _ in _SWAPPED.values()))
 """The classes that run on fastnn's kernels."""
 
 
 @dataclass
 class Finding:
-    """One linear, softmax or activation layer: what can be done with it, or why nothing."""
+    """One linear, softmax, attention, loss or activation layer: what can be done with it, or why nothing."""
 
     name: str
     module: Module
@@ -101,8 +107,14 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
     was = type(module).__name__
     if isinstance(module, nn.Linear):
         return _linear(Finding(name, module, was, "linear"), module, freeze)
-    if isinstance(module, (nn.Softmax, nn.LogSoftmax)):
-        return _softmax(Finding(name, module, was, "softmax"), sample)
+    for theirs, (_, op) in _SWAPPED.items():
+        if isinstance(module, theirs):
+            return _swapped(Finding(name, module, was, op), sample)
+    implementation = attention.implementation(module)
+    if implementation is not None:
+        return _transformers(Finding(name, module, was, "attention"), implementation, sample)
+    if type(module) is nn.TransformerEncoderLayer and attention.takes_attention(module):
+        return _encoder_layer(Finding(name, module, was, "attention"), module, sample)
     activation = activations.of_module(module)
     if activation is not None:
         return Finding(name, module, was, activation=activation, reason="no linear layer is seen to feed it alone")
@@ -135,17 +147,39 @@ def _linear(found: Finding, module: nn.Linear, freeze: bool) -> Finding:
     return found
 
 
-def _softmax(found: Finding, sample: Tensor) -> Finding:
+def _swapped(found: Finding, sample: Tensor) -> Finding:
     module = found.module
-    found.backend, found.reason = backend_for("softmax", sample.device, sample.dtype)
-    if type(module) in _SOFTMAX.values():
+    found.backend, found.reason = backend_for(found.op, sample.device, sample.dtype)
+    if type(module) in FASTNN:
         found.reason = "is fastnn's already"
-    elif type(module) not in _SOFTMAX:
+    elif type(module) not in _SWAPPED:
         found.reason = f"{type(module).__name__} is a subclass of torch's, maybe with a forward of its own"
     elif "forward" in vars(module):
         found.reason = "its forward was replaced on the instance"
     elif not found.reason:
-        found.patch = Patch(module, _SOFTMAX[type(module)], {})
+        found.patch = Patch(module, _SWAPPED[type(module)][0], {})
+    return found
+
+
+def _transformers(found: Finding, implementation: str, sample: Tensor) -> Finding:
+    found.backend, found.reason = backend_for("attention", sample.device, sample.dtype)
+    if implementation == attention.INTERFACE:
+        found.reason = "is fastnn's already"
+    elif implementation != "sdpa":
+        found.reason = f"its attention implementation is {implementation!r}; fastnn takes the place of 'sdpa'"
+    elif not found.reason:
+        found.patch = attention.transformers_patch(found.module)
+        found.note = "attention interface 'fastnn'"
+    return found
+
+
+def _encoder_layer(found: Finding, layer: nn.TransformerEncoderLayer, sample: Tensor) -> Finding:
+    found.backend, found.reason = backend_for("attention", sample.device, sample.dtype)
+    if layer.activation_relu_or_gelu == 0:
+        found.reason = "is off torch's inference fast path already"
+    elif not found.reason:
+        found.patch = attention.encoder_layer_patch(layer)
+        found.note = "off torch's inference fast path"
     return found
 
 

@@ -6,12 +6,13 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console, Group
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from .. import _extension, accelerate, explain, info, record
@@ -20,9 +21,13 @@ from ..info import machine_line
 from .encoder import Encoder, load
 from .measure import Comparison, compare
 from .sentences import CANDIDATES, QUERIES
+from .train import Training, train_classifier, train_gpt
 
 COSINE_LIMIT = 1e-5
 """The largest cosine distance between an embedding before and after."""
+
+CURVE_LIMIT = 0.01
+"""The largest relative difference between a loss curve through torch and through fastnn."""
 
 _LARGE_BATCH = 16
 """From this batch on the products, and not the calls, decide: the demo wants 1.10x there, and no loss below."""
@@ -55,7 +60,7 @@ class Agreement:
     ranking_unchanged: bool
 
 
-def demonstrate(rounds: int, batch: int, threads: int | None) -> dict[str, Any]:
+def demonstrate(rounds: int, batch: int, threads: int | None, training: bool, text: Path | None) -> dict[str, Any]:
     """Runs and prints everything; the numbers, and under `problems` what must not be."""
     if threads is not None:
         torch.set_num_threads(threads)
@@ -88,6 +93,8 @@ def demonstrate(rounds: int, batch: int, threads: int | None) -> dict[str, Any]:
     ]
     problems = _problems(agreement, report.verified, report.verification)
     console.print(_times(timings), _outcome(agreement, kernels, timings, problems))
+    trainings = _trainings(text, console) if training else []
+    problems += _training_problems(trainings)
     return {
         "machine": info(),
         "timings": [{**asdict(t), "verdict": t.verdict} for t in timings],
@@ -100,6 +107,7 @@ def demonstrate(rounds: int, batch: int, threads: int | None) -> dict[str, Any]:
             "packed_bytes": report.packed_bytes,
             "verification": report.verification,
         },
+        "training": [t if isinstance(t, str) else t.numbers() for t in trainings],
         "explain": [asdict(part) for part in explanation.parts],
         "problems": problems,
     }
@@ -168,6 +176,49 @@ def _times(timings: list[Timing]) -> Any:
         Column("target", lambda t: f"{t.target:.2f}x {t.verdict}"),
     )
     return rich_table("Latency, float32", columns, timings, timings[0].found.method)
+
+
+def _trainings(text: Path | None, console: Console) -> list[Training | str]:
+    """Trains the classifier and the GPT both ways; prints the table. A string says why one was not trained."""
+    columns = (TextColumn("Training, {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bars = [progress.add_task(name, total=None) for name in ("digits", "characters")]
+
+        def advance(bar: TaskID) -> Callable[[int], None]:
+            return lambda total: progress.update(bar, total=total, advance=1)
+
+        found = [train_classifier(advance(bars[0])), train_gpt(text, advance(bars[1]))]
+    done = [t for t in found if not isinstance(t, str)]
+    console.print(rich_table("Training, float32, the same start and batches", _TRAINING_COLUMNS, done))
+    for reason in found:
+        if isinstance(reason, str):
+            console.print(f"[yellow]Not trained:[/] {reason}")
+    return found
+
+
+_TRAINING_COLUMNS = (
+    Column("model", lambda t: t.name),
+    Column("data", lambda t: t.data, wraps=True),
+    Column("steps", lambda t: str(t.steps), "right"),
+    Column("torch", lambda t: f"{t.torch.median_ms:.2f} ms", "right"),
+    Column("fastnn", lambda t: f"{t.fastnn.median_ms:.2f} ms", "right"),
+    Column("faster by", lambda t: f"{t.ratio:.2f}x", "right", "bold green"),
+    Column("last loss", lambda t: f"{t.torch.losses[-1]:.4f} / {t.fastnn.losses[-1]:.4f}", "right"),
+    Column("accuracy", lambda t: _accuracies(t), "right"),
+)
+
+
+def _accuracies(training: Training) -> str:
+    both = (training.torch.accuracy, training.fastnn.accuracy)
+    return "" if None in both else " / ".join(f"{100 * a:.2f} %" for a in both if a is not None)
+
+
+def _training_problems(trainings: list[Training | str]) -> list[str]:
+    return [
+        f"{t.name}: the loss curves differ by {100 * t.curve_difference:.2g} %"
+        for t in trainings
+        if not isinstance(t, str) and not t.curve_difference <= CURVE_LIMIT
+    ]
 
 
 def _problems(agreement: Agreement, verified: bool, verification: str) -> list[str]:

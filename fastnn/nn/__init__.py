@@ -1,6 +1,8 @@
 """Layers with torch's names, constructors and `state_dict` keys, on fastnn's ops."""
 
+from .attention import MultiheadAttention
 from .linear import Linear
+from .loss import CrossEntropyLoss
 from .softmax import LogSoftmax, Softmax
 
-__all__ = ["Linear", "LogSoftmax", "Softmax"]
+__all__ = ["CrossEntropyLoss", "Linear", "LogSoftmax", "MultiheadAttention", "Softmax"]

@@ -1,7 +1,7 @@
 """Test inputs that bite, and the memory layouts they come in.
 
 Whatever a kernel has no business reading (the gap between strided elements, the memory before and after an offset
-view) holds NaN, so a read out of place shows.
+view) holds NaN, or an index that is out of range, so a read out of place shows.
 """
 
 from __future__ import annotations
@@ -36,11 +36,18 @@ def fill(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, k
     return values.to(dtype)
 
 
+def spoilt(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory of the type of `like` that must not be read: NaN; -7 in integers, which is no index; True in masks."""
+    if like.dtype == torch.bool:
+        return like.new_full(tuple(shape), True)
+    return like.new_full(tuple(shape), float("nan") if like.dtype.is_floating_point else -7)
+
+
 def strided(t: Tensor) -> Tensor:
     """The values of `t` with stride 2 along the last dimension and NaN in between; a scalar gets its own memory."""
     if t.dim() == 0:
         return t.clone()
-    base = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))
+    base = spoilt(t, (*t.shape[:-1], 2 * t.shape[-1]))
     view = base[..., ::2]
     view.copy_(t)
     return view
@@ -50,7 +57,7 @@ def padded_rows(t: Tensor) -> Tensor:
     """The values of `t` with dense rows, three NaN apart."""
     if t.dim() == 0:
         return t.clone()
-    base = t.new_full((*t.shape[:-1], t.shape[-1] + 3), float("nan"))
+    base = spoilt(t, (*t.shape[:-1], t.shape[-1] + 3))
     view = base[..., : t.shape[-1]]
     view.copy_(t)
     return view
@@ -65,7 +72,7 @@ def expanded(t: Tensor, dim: int = 0) -> Tensor:
 
 def offset(t: Tensor) -> Tensor:
     """The values of `t`, dense, starting one element into a buffer with NaN before and after (so not aligned)."""
-    base = t.new_full((t.numel() + 4,), float("nan"))
+    base = spoilt(t, (t.numel() + 4,))
     view = base[1 : 1 + t.numel()].view(t.shape)
     view.copy_(t)
     return view

@@ -108,7 +108,7 @@ def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout:
 
 
 def _upcast(inputs: Inputs) -> Inputs:
-    return {name: t.to(torch.float64) for name, t in inputs.items()}
+    return {name: t.to(torch.float64) if t.is_floating_point() else t for name, t in inputs.items()}
 
 
 def _grad_output(like: Tensor, seed: int, layout: str) -> Tensor:

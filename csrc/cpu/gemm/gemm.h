@@ -171,8 +171,8 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
             prefetch_output(static_cast<const T*>(p.c) + (m0 + r0) * p.N + n0, p.N, r1 - r0,
                             columns);
           }
-          run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes, b,
-                         strip_floats, t, ldt, u0 > 0);
+          run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,
+                         {b, strip_floats, kStrip}, t, ldt, u0 > 0);
           if (last) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
         }
         u0 = u1;
@@ -213,8 +213,9 @@ void gemm_swapped(const GemmParams& p, int64_t n_begin, int64_t n_end, float* sc
       for (int64_t u0 = 0; u0 < units; u0 += kBlockUnits) {
         const char* const rows = reinterpret_cast<const char*>(weight + u0 * Dot::kPerUnit);
         run_tiles<Dot>(r1 - r0, strips, min_of(kBlockUnits, units - u0), rows,
-                       p.b.col_stride * (int64_t)sizeof(T), 4, tokens_packed + u0 * kStrip,
-                       strip_floats, sums + r0 * tokens, tokens, u0 > 0);
+                       p.b.col_stride * (int64_t)sizeof(T), 4,
+                       {tokens_packed + u0 * kStrip, strip_floats, kStrip}, sums + r0 * tokens,
+                       tokens, u0 > 0);
       }
     }
     for (int64_t c = 0; c < tokens; c += kLanes) {

@@ -31,11 +31,20 @@ FASTNN_INLINE float load_unit(const char* p) {
 // on equal addends, which all round the same way; 256 still is on those. Costs 1-2 %.
 constexpr int64_t kSumUnits = 128;
 
+// Where B lies: unit u of strip s at data + s * strip_floats + u * unit_floats. Packed strips have
+// unit_floats = kStrip; a plain row-major matrix has strip_floats = kStrip and its row stride.
+struct Strips {
+  const float* data;
+  int64_t strip_floats, unit_floats;
+};
+
 // t (row stride ldt floats) = or += rows of A times strips of B.
 template <class Dot, int MR, int NS>
 __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_bytes,
-                                    int64_t unit_bytes, const float* b, int64_t strip_floats,
-                                    float* t, int64_t ldt, bool accumulate) {
+                                    int64_t unit_bytes, const Strips& strips, float* t, int64_t ldt,
+                                    bool accumulate) {
+  const float* b = strips.data;
+  const int64_t strip_floats = strips.strip_floats, unit_floats = strips.unit_floats;
   constexpr int NV = NS * kVecsPerStrip;
   Vec sums[MR][NV];
   FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
@@ -52,7 +61,7 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
       FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = Dot::dot(sums[i][v], row, column[v]);
     }
     a += unit_bytes;
-    b += kStrip;
+    b += unit_floats;
   }
   if (accumulate) {
     FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
@@ -64,7 +73,7 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
   }
 }
 
-using TileFunction = void (*)(int64_t, const char*, int64_t, int64_t, const float*, int64_t, float*,
+using TileFunction = void (*)(int64_t, const char*, int64_t, int64_t, const Strips&, float*,
                               int64_t, bool);
 
 template <class Dot, int MR, int NS>
@@ -100,19 +109,21 @@ struct Tiles {
   }
 };
 
-// t = or += rows x strips of a product that is `units` deep; strips of b are strip_floats apart.
+// t = or += rows x strips of a product that is `units` deep.
 template <class Dot>
 FASTNN_INLINE void run_tiles(int64_t rows, int64_t strips, int64_t units, const char* a,
-                             int64_t row_bytes, int64_t unit_bytes, const float* b,
-                             int64_t strip_floats, float* t, int64_t ldt, bool accumulate) {
+                             int64_t row_bytes, int64_t unit_bytes, const Strips& b, float* t,
+                             int64_t ldt, bool accumulate) {
   const int64_t widest = tile_strips((int)rows);
   for (int64_t s = 0; s < strips; s += widest) {
     const TileFunction function = Tiles<Dot>::get(rows, strips - s < widest ? strips - s : widest);
     int64_t u = 0;
     do {  // once even where there is nothing to sum: the result is then zero
       const int64_t depth = units - u < kSumUnits ? units - u : kSumUnits;
-      function(depth, a + u * unit_bytes, row_bytes, unit_bytes, b + s * strip_floats + u * kStrip,
-               strip_floats, t + s * kStrip, ldt, accumulate || u > 0);
+      const Strips from = {b.data + s * b.strip_floats + u * b.unit_floats, b.strip_floats,
+                           b.unit_floats};
+      function(depth, a + u * unit_bytes, row_bytes, unit_bytes, from, t + s * kStrip, ldt,
+               accumulate || u > 0);
       u += kSumUnits;
     } while (u < units);
   }

@@ -3,7 +3,7 @@
 // instruction become float32 units when packed.
 #pragma once
 #include "cpu/gemm/params.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/lanes.h"
 
 namespace fastnn {
 namespace {

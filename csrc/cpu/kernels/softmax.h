@@ -4,6 +4,7 @@
 // inner == 1: a slice is a row, lanes run along it. inner > 1: lanes run across neighbouring
 // slices, which needs no operation across lanes; a work item is a group of kGroup * kLanes slices.
 #pragma once
+#include "cpu/kernels/rows.h"
 #include "cpu/simd/math.h"
 #include "params/softmax.h"
 
@@ -33,35 +34,6 @@ FASTNN_INLINE float row_max(const T* x, int64_t n) {
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-template <class T>
-FASTNN_INLINE Vec load_some(const T* p, int count) {
-  return count == kLanes ? load(p) : load_first(p, count, 0.f);
-}
-
-// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes. Two
-// chains hide the latency; each block starts from zero, so that rounding errors grow with the
-// block's length and not with the row's.
-template <class F>
-FASTNN_INLINE float row_sum(int64_t n, F f) {
-  constexpr int64_t kBlock = 64 * kLanes;
-  Vec total = zero();
-  int64_t i = 0;
-  while (i + 2 * kLanes <= n) {
-    const int64_t stop = i + kBlock < n ? i + kBlock : n;
-    Vec s[2] = {zero(), zero()};
-    for (; i + 2 * kLanes <= stop; i += 2 * kLanes) {
-      s[0] += f(i, kLanes);
-      s[1] += f(i + kLanes, kLanes);
-    }
-    total += s[0] + s[1];
-  }
-  for (; i < n; i += kLanes) {
-    const int count = n - i < kLanes ? (int)(n - i) : kLanes;
-    total += keep_first(f(i, count), count);
-  }
-  return sum_lanes(total);
-}
-
 // Sum of e^(x - m) over a row; with kKeep the exponentials go to `kept`. A NaN anywhere, an
 // infinite maximum or a row of -inf make the sum NaN, and with it the whole row, as torch has it.
 template <bool kKeep, class T>
@@ -70,11 +42,7 @@ FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
   return row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
     const Vec e = exp(load_some(x + i, count) - top);
     if constexpr (kKeep) {
-      if (count == kLanes) {
-        store(kept + i, e);
-      } else {
-        store_first(kept + i, e, count);
-      }
+      store_some(kept + i, e, count);
     }
     return e;
   });

@@ -7,7 +7,6 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "params/common.h"
 
@@ -321,67 +320,6 @@ FASTNN_INLINE float to_float(T x) {
   Half16 h = {};
   h[0] = x.bits;
   return widen(h, T{})[0];
-}
-
-// ---- across lanes
-
-template <int... I>
-FASTNN_INLINE IVec lane_numbers(std::integer_sequence<int, I...>) {
-  return IVec{I...};
-}
-// The first n lanes, zero in the others.
-FASTNN_INLINE Vec keep_first(Vec v, int n) {
-  return select(lane_numbers(std::make_integer_sequence<int, kLanes>{}) < splat_int(n), v, zero());
-}
-
-template <int N>
-struct Narrower {
-  typedef float Type __attribute__((vector_size(N * 4)));
-};
-// Folds halves onto each other with `op`, which must accept float vectors of any width and floats.
-template <int N, class Op>
-FASTNN_INLINE float fold(typename Narrower<N>::Type v, Op op) {
-  typename Narrower<N / 2>::Type low, high;
-  std::memcpy(&low, &v, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-  if constexpr (N == 2) {
-    return op(low[0], high[0]);
-  } else {
-    return fold<N / 2>(op(low, high), op);
-  }
-}
-template <>
-struct Narrower<1> {
-  typedef float Type __attribute__((vector_size(4)));
-};
-FASTNN_INLINE float sum_lanes(Vec v) {
-  return fold<kLanes>(v, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
-}
-// NaN lanes may be dropped.
-FASTNN_INLINE float max_lanes(Vec v) {
-  return fold<kLanes>(v,
-                      [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
-}
-
-template <int... I>
-FASTNN_INLINE Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * kLanes)...);
-}
-template <int... I>
-FASTNN_INLINE Vec interleave_high(Vec a, Vec b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (kLanes / 2 + I / 2 + (I % 2) * kLanes)...);
-}
-// r[i][j] becomes r[j][i]: log2(kLanes) rounds of interleaving row i with row i + kLanes / 2.
-FASTNN_INLINE void transpose(Vec (&r)[kLanes]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
-  FASTNN_UNROLL for (int round = 1; round < kLanes; round *= 2) {
-    Vec t[kLanes];
-    FASTNN_UNROLL for (int i = 0; i < kLanes / 2; ++i) {
-      t[2 * i] = interleave_low(r[i], r[i + kLanes / 2], lanes);
-      t[2 * i + 1] = interleave_high(r[i], r[i + kLanes / 2], lanes);
-    }
-    FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = t[i];
-  }
 }
 
 // Calls f with a value of the storage type, as a tag.

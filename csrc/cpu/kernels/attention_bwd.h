@@ -1,0 +1,156 @@
+// Backward of scaled dot-product attention: the weights are recomputed tile by tile from the saved
+// logsumexp, in the layout of the forward (kernels/attention.h).
+#pragma once
+#include "cpu/kernels/attention.h"
+
+namespace fastnn {
+namespace {
+
+// Scratch of backward: dk, dv sums | q, dO as lanes | dq sums | q, dO as rows | P | dP, dS | cap
+// slope | lse, delta, ones.
+int64_t attention_bwd_scratch(const AttentionParams& p) {
+  const int64_t d = padded_features(p.D), dv = padded_features(p.D_v);
+  return p.S_k * (d + dv) + kQueries * (2 * (p.D + p.D_v) + p.D + d + dv) + 3 * kQueries * kKeys +
+         3 * kQueries + 8 * kStrip;
+}
+
+struct BackwardMemory {
+  float *dk, *dv, *q_lanes, *do_lanes, *dq, *q_rows, *do_rows, *p, *ds, *slope, *lse, *delta, *ones;
+};
+inline BackwardMemory backward_memory(const AttentionParams& p, float* scratch) {
+  const int64_t d = padded_features(p.D), dv = padded_features(p.D_v);
+  BackwardMemory m;
+  auto take = [&scratch](int64_t floats) {
+    float* const at = scratch;
+    scratch += floats;
+    return at;
+  };
+  m.dk = take(p.S_k * d);
+  m.dv = take(p.S_k * dv);
+  m.q_rows = take(kQueries * d);
+  m.do_rows = take(kQueries * dv);
+  m.p = take(kQueries * kKeys);
+  m.ds = take(kQueries * kKeys);
+  m.slope = take(kQueries * kKeys);
+  m.lse = take(kQueries);
+  m.delta = take(kQueries);
+  m.ones = take(kQueries);
+  m.q_lanes = take(kQueries * p.D);
+  m.do_lanes = take(kQueries * p.D_v);
+  m.dq = take(kQueries * p.D);
+  return m;
+}
+
+// Rows of a head as float32, zero-padded to a strip of features and to kQueries rows.
+template <class T>
+FASTNN_INLINE void copy_rows(const T* x, int64_t row_stride, int64_t rows, int64_t d, float* out) {
+  const int64_t width = padded_features(d);
+  for (int64_t r = 0; r < kQueries; ++r) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const int64_t left = d - i;
+      Vec x_i = zero();
+      if (r < rows && left > 0)
+        x_i = load_some(x + r * row_stride + i, left < kLanes ? (int)left : kLanes);
+      store(out + r * width + i, x_i);
+    }
+  }
+}
+
+// Adds what one tile of queries gives to dk and dv, and writes its dq.
+template <class T>
+FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTile& t, FloatRows k,
+                                      FloatRows v, const BackwardMemory& m) {
+  const AttentionParams& p = b.a;
+  const int64_t width = t.strips * kStrip, d_pad = padded_features(p.D),
+                dv_pad = padded_features(p.D_v);
+  const T* const q = head_data<T>(p.q, t.b, t.head) + t.first * p.q.row_stride;
+  const T* const out = head_data<T>(b.out, t.b, t.head) + t.first * b.out.row_stride;
+  const T* const d_out = head_data<T>(b.d_out, t.b, t.head) + t.first * b.d_out.row_stride;
+  pack_queries(q, p.q.row_stride, t.rows, p.D, p.scale, m.q_lanes);
+  pack_queries(d_out, b.d_out.row_stride, t.rows, p.D_v, 1.f, m.do_lanes);
+  copy_rows(q, p.q.row_stride, t.rows, p.D, m.q_rows);
+  copy_rows(d_out, b.d_out.row_stride, t.rows, p.D_v, m.do_rows);
+  for (int64_t r = 0; r < kQueries; ++r) {
+    m.lse[r] = r < t.rows ? b.lse[(t.b * p.H + t.head) * p.S_q + t.first + r] : __builtin_inff();
+    m.ones[r] = p.scale;
+    m.delta[r] = 0.f;
+    if (r >= t.rows) continue;
+    m.delta[r] = row_sum(p.D_v, [&](int64_t i, int count) __attribute__((always_inline)) {
+      return load_some(d_out + r * b.d_out.row_stride + i, count) *
+             load_some(out + r * b.out.row_stride + i, count);
+    });
+  }
+  for (int64_t i = 0; i < p.D * kQueries; i += kLanes) store(m.dq + i, zero());
+  for (int64_t j0 = t.key_begin; j0 < t.key_end; j0 += kKeys) {
+    const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
+    const float* const k_rows = k.data + j0 * k.row_stride;
+    product(keys, t.strips, p.D, k_rows, k.row_stride, 1, {m.q_lanes, kStrip, kQueries}, m.p,
+            kQueries, false);
+    product(keys, t.strips, p.D_v, v.data + j0 * v.row_stride, v.row_stride, 1,
+            {m.do_lanes, kStrip, kQueries}, m.ds, kQueries, false);
+    finish_scores(p, t, j0, keys, m.p, m.slope);
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t r = 0; r < width; r += kLanes)
+        store(m.p + j * kQueries + r, exp(load(m.p + j * kQueries + r) - load(m.lse + r)));
+    }
+    if (p.dropout > 0.f) drop(p, t, j0, keys, m.ds);  // the same factors meet P below
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t r = 0; r < width; r += kLanes) {
+        const Vec weight = load(m.p + j * kQueries + r);
+        Vec ds = weight * (load(m.ds + j * kQueries + r) - load(m.delta + r));
+        if (p.softcap != 0.f) ds = ds * load(m.slope + j * kQueries + r);
+        // A weight of 0 has gradient 0 even where dP is infinite or NaN: the key was not seen.
+        store(m.ds + j * kQueries + r, select(weight == zero(), zero(), ds));
+      }
+    }
+    if (p.dropout > 0.f) drop(p, t, j0, keys, m.p);
+    product(keys, dv_pad / kStrip, t.rows, m.p, kQueries, 1, {m.do_rows, kStrip, dv_pad},
+            m.dv + j0 * dv_pad, dv_pad, true);
+    product(keys, d_pad / kStrip, t.rows, m.ds, kQueries, 1, {m.q_rows, kStrip, d_pad},
+            m.dk + j0 * d_pad, d_pad, true);
+    product(p.D, t.strips, keys, k_rows, 1, k.row_stride, {m.ds, kStrip, kQueries}, m.dq, kQueries,
+            true);
+  }
+  unpack_queries(m.dq, t.rows, p.D, m.ones,
+                 static_cast<T*>(b.dq) + ((t.b * p.H + t.head) * p.S_q + t.first) * p.D, p.D);
+}
+
+// rows x padded(d) float sums times factor to contiguous rows of d.
+template <class T>
+FASTNN_INLINE void store_sums(const float* sums, int64_t rows, int64_t d, float factor, T* out) {
+  for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t i = 0; i < d; i += kLanes) {
+      store_some(out + j * d + i, load(sums + j * padded_features(d) + i) * factor,
+                 d - i < kLanes ? (int)(d - i) : kLanes);
+    }
+  }
+}
+
+// Items [begin, end): (batch entry, key head) pairs. One item adds up all its query heads and tiles
+// in order: no sum depends on the number of threads.
+void attention_bwd(const AttentionBwdParams& b, const float* k, const float* v, int64_t begin,
+                   int64_t end, float* scratch) {
+  const AttentionParams& p = b.a;
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const BackwardMemory m = backward_memory(p, scratch);
+    const int64_t group = p.H / p.H_kv;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t batch = item / p.H_kv, kv_head = item % p.H_kv;
+      std::memset(m.dk, 0, (size_t)(p.S_k * padded_features(p.D)) * 4);
+      std::memset(m.dv, 0, (size_t)(p.S_k * padded_features(p.D_v)) * 4);
+      for (int64_t g = 0; g < group; ++g) {
+        for (int64_t tile = 0; tile < query_tiles(p); ++tile) {
+          const QueryTile t = query_tile(p, batch, kv_head * group + g, tile);
+          attention_bwd_tile<T>(b, t, float_rows<T>(p, p.k, p.D, t.b, kv_head, k),
+                                float_rows<T>(p, p.v, p.D_v, t.b, kv_head, v), m);
+        }
+      }
+      store_sums(m.dk, p.S_k, p.D, p.scale, static_cast<T*>(b.dk) + item * p.S_k * p.D);
+      store_sums(m.dv, p.S_k, p.D_v, 1.f, static_cast<T*>(b.dv) + item * p.S_k * p.D_v);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastnn
