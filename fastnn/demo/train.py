@@ -76,7 +76,7 @@ class Classifier(nn.Module):
         super().__init__()
         linear, loss = _LAYERS[kind]
         self.fused = kind == "fastnn"
-        self.hidden = linear(784, 128, **({"activation": "relu"} if self.fused else {}))
+        self.hidden = fastnn.nn.Linear(784, 128, activation="relu") if self.fused else linear(784, 128)
         self.output = linear(128, 10)
         self.loss = loss()
 
@@ -95,7 +95,8 @@ class Block(nn.Module):
         self.kind, self.heads = kind, heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = linear(width, 3 * width), linear(width, width)
-        self.up = linear(width, 4 * width, **({"activation": "gelu"} if kind == "fastnn" else {}))
+        fused = kind == "fastnn"
+        self.up = fastnn.nn.Linear(width, 4 * width, activation="gelu") if fused else linear(width, 4 * width)
         self.down = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
