@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import fastnn
@@ -29,6 +30,39 @@ def functions():
             lambda x, a=activation: fastnn.linear(x, w, b, activation=a),
             lambda x, a=activation: linear_reference(x, w, b, a),
             id=f"linear-{activation}",
+        )
+    yield from losses()
+    yield from attentions()
+
+
+def losses():
+    """The last dimension as classes; the loss of each row."""
+    target, shares = torch.arange(5), torch.softmax(tensor(5, seed=3), 0)
+    for name, options in (("plain", {}), ("smoothed", {"label_smoothing": 0.1})):
+        for kind, t in (("indices", target[2]), ("probabilities", shares)):
+
+            def ours(x, t=t, options=options):
+                return fastnn.cross_entropy(x.reshape(-1, 5), t.expand(x.numel() // 5, *t.shape), **options)[None]
+
+            def theirs(x, t=t, options=options):
+                return F.cross_entropy(x.reshape(-1, 5), t.expand(x.numel() // 5, *t.shape), **options)[None]
+
+            yield pytest.param(ours, theirs, id=f"cross_entropy-{name}-{kind}")
+
+
+def attentions():
+    """The rows as queries of one feature each (* 5), keys and values fixed."""
+    k, v = tensor(1, 1, 7, 3, seed=1), tensor(1, 1, 7, 4, seed=2)
+    visible, features = (torch.arange(7) % 3 > 0)[None], tensor(3, seed=4)
+    for name, mask, options in (("plain", None, {"scale": 0.3}), ("masked", visible, {"scale": 0.3})):
+
+        def call(x, function, mask=mask, options=options):
+            return function(x.reshape(1, 1, -1, 1) * features, k, v, mask, **options)[0, 0]
+
+        yield pytest.param(
+            lambda x, call=call: call(x, fastnn.scaled_dot_product_attention),
+            lambda x, call=call: call(x, F.scaled_dot_product_attention),
+            id=f"attention-{name}",
         )
 
 
@@ -135,12 +169,20 @@ def test_layer_under_functional_call(frozen):
     )
 
 
-@pytest.mark.parametrize(("op", "name"), [("softmax", "rows"), ("linear", "gelu_bias")])
-def test_forced_kernel_refuses_in_words(op, name, extension):
+@pytest.mark.parametrize(
+    ("op", "name", "argument"),
+    [
+        ("softmax", "rows", "input"),
+        ("linear", "gelu_bias", "input"),
+        ("cross_entropy", "3x17x5", "input"),
+        ("attention", "three_dims", "query"),
+    ],
+)
+def test_forced_kernel_refuses_in_words(op, name, argument, extension):
     case = find_case(op, name)
     inputs = case.inputs(torch.float32)
     with testing.best().forced(), pytest.raises(NotImplementedError, match=f"fastnn.{op}.*functorch"):
-        vmap(lambda x: case.call({**inputs, "input": x}))(inputs["input"])
+        grad(lambda x: case.call({**inputs, argument: x}).sum())(inputs[argument])
 
 
 def test_transforms_leave_kernels_to_ordinary_calls(extension):

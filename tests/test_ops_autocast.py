@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastnn
-from fastnn import linear, log_softmax, softmax
+from fastnn import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax
 from fastnn.testing import assert_within_budget, policy
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -82,3 +82,47 @@ def test_layer(frozen):
         ours, rival = layer(x), F.relu(F.linear(x, layer.weight, layer.bias))
     rounded = [t.detach().bfloat16().double() for t in (x, layer.weight, layer.bias)]
     assert_within_budget(ours, F.relu(F.linear(*rounded)), rival, torch.bfloat16, policy.FORWARD_FACTOR)
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_cross_entropy_dtypes(probabilities, given, cast):
+    """float32, as torch's; the gradient of the logits' own type."""
+    x, w, _ = operands(given)
+    target = torch.softmax(x.detach(), 1) if probabilities else torch.arange(5)
+    weight = w[0].detach().abs()
+    with torch.autocast("cpu", dtype=cast):
+        ours = cross_entropy(x, target, weight, label_smoothing=0.1)
+        theirs = F.cross_entropy(x, target, weight, label_smoothing=0.1)
+    assert ours.dtype == theirs.dtype == (torch.float64 if given == torch.float64 else torch.float32)
+    ours.backward()
+    assert x.grad.dtype == given
+    plain = [t.detach().double() if t.is_floating_point() else t for t in (x, target, weight)]
+    truth = F.cross_entropy(*plain, label_smoothing=0.1)
+    assert_within_budget(ours, truth, theirs, ours.dtype, policy.FORWARD_FACTOR)
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_dtypes(masked, given, cast):
+    """The type of autocast but for float64, as torch's."""
+    q, k, _ = operands(given)
+    mask = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(given) if masked else None
+    with torch.autocast("cpu", dtype=cast):
+        ours = scaled_dot_product_attention(q[None], k[None], k[None], mask)
+        theirs = F.scaled_dot_product_attention(q[None], k[None], k[None], mask)
+    ran_in = torch.float64 if given == torch.float64 else cast
+    assert ours.dtype == theirs.dtype == ran_in
+    ours.sum().backward()
+    assert {q.grad.dtype, k.grad.dtype} == {given}
+    rounded = [t.detach().to(ran_in).double()[None] for t in (q, k, k)]
+    truth = F.scaled_dot_product_attention(*rounded, None if mask is None else mask.to(ran_in).double())
+    assert_within_budget(ours, truth, theirs, ran_in, policy.FORWARD_FACTOR)
+
+
+def test_attention_of_mixed_operands():
+    q, k, _ = (t.detach() for t in operands(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert scaled_dot_product_attention(q.bfloat16(), k, k.bfloat16()).dtype == torch.bfloat16

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from .autocast import cast
 
 
 class AttentionOptions(NamedTuple):
@@ -283,8 +284,12 @@ def scaled_dot_product_attention(
     """
     if isinstance(query, Tensor) and query.is_cpu and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        attn_mask = attn_mask.to(dtype) if attn_mask is not None and attn_mask.dtype != torch.bool else attn_mask
+        query, key, value, attn_mask = (
+            cast(query, dtype),
+            cast(key, dtype),
+            cast(value, dtype),
+            cast(attn_mask, dtype),
+        )
     _check(query, key, value, attn_mask, enable_gqa)
     options = _options(query, dropout_p, is_causal, scale, window, softcap)
     batch, (q, k, v) = _broadcast(query, key, value, enable_gqa)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from .autocast import cast
 
 Reduction = Literal["none", "mean", "sum"]
 REDUCTION_CODE = {"none": 0, "mean": 1, "sum": 2}
@@ -192,7 +193,7 @@ def cross_entropy(
         _legacy_reduction(size_average, reduce, reduction), ignore_index, label_smoothing, z_loss, softcap
     )
     if isinstance(input, Tensor) and input.is_cpu and torch.is_autocast_enabled("cpu"):
-        input, weight = input.float(), None if weight is None else weight.float()
+        input, target, weight = cast(input, torch.float32), cast(target, torch.float32), cast(weight, torch.float32)
     _check(input, target, weight, options)
     if target.dtype == torch.uint8:
         target = target.long()

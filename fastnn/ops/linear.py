@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from .autocast import cast
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
 
@@ -195,12 +196,6 @@ def _autocasts(input: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if tensor is None or tensor.dtype == torch.float64 or not tensor.dtype.is_floating_point:
-        return tensor
-    return tensor.to(dtype)
-
-
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation | None = None
 ) -> Tensor:
@@ -232,7 +227,7 @@ def linear_maybe_packed(
     """`linear`, reading the weight from `packed` (`fastnn.ops.packing`) when no gradient is wanted."""
     if isinstance(input, Tensor) and _autocasts(input):
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight, bias = _autocast(input, dtype), _autocast(weight, dtype), _autocast(bias, dtype)  # type: ignore[assignment]
+        input, weight, bias = cast(input, dtype), cast(weight, dtype), cast(bias, dtype)
         packed = None  # of the weight before the cast
     _check(input, weight, bias, activation)
     if weight.dim() == 1:
