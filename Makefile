@@ -4,7 +4,7 @@
 # make sanitize   the C++ core's own tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make aarch64    the C++ core's own tests cross-compiled for 64-bit Arm, run under qemu
 # make test-slow  the tests that take longer than a minute each
-# make rows       the performance table
+# make rows       the performance table: every row against the machine's limit and the best alternative
 # make clean      removes .venv and everything built
 #
 # Needs Python >= 3.10, a C++20 compiler and a package index; the rest is installed into .venv by the first call.
@@ -47,7 +47,7 @@ test-slow: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
 	@$(ENV) $(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 rows: $(STAMPS)/extension $(STAMPS)/extra-test
-	@$(PY) benchmarks/rows.py
+	@$(PY) -m fastnn bench softmax linear
 
 lint: lint-python lint-types lint-cpp
 
