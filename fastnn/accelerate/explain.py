@@ -6,15 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
 from .. import _extension
 from .isolate import call, check_model, isolated, plain_inputs
 from .survey import FASTNN, Finding, survey
 from .table import Column, pattern, plain, rich_table, shortened
+
+if TYPE_CHECKING:
+    from ..bench.limits import Limits
 
 _RUNS = 3
 _SHOWN = 14
@@ -42,6 +46,13 @@ class Part:
     """The instruction set it would run on; empty for the reference."""
     why_not: str
     """Why no kernel would run it; empty where one would."""
+    limit_ms: float | None = None
+    """The least that this machine could take for it; None where its work is not counted or the limits are not known."""
+
+    @property
+    def limit_share(self) -> float | None:
+        """How much of this machine's limit it reaches as it is, 0 to 1."""
+        return None if self.limit_ms is None or not self.ms else self.limit_ms / self.ms
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,11 @@ class _Line:
     calls: int
     ms: float
     share: float
+    limit_ms: float | None
+
+
+def _limit(line: _Line) -> str:
+    return "" if line.limit_ms is None or not line.ms else f"{100 * line.limit_ms / line.ms:.0f} %"
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -60,6 +76,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("class", lambda line: line.part.kind),
     Column("ms", lambda line: f"{line.ms:.2f}", "right"),
     Column("time", lambda line: f"{100 * line.share:.1f} %", "right", "bold"),
+    Column("of limit", _limit, "right"),
     Column("fastnn", lambda line: line.part.kernel or f"- {line.part.why_not}", wraps=True),
 )
 """The table's columns: each turns a line into text."""
@@ -97,6 +114,7 @@ class Explanation:
                 sum(part.calls for part in parts),
                 sum(part.ms for part in parts),
                 sum(part.share for part in parts),
+                None if any(part.limit_ms is None for part in parts) else sum(part.limit_ms or 0.0 for part in parts),
             )
             for key, parts in groups.items()
         ]
@@ -106,8 +124,10 @@ class Explanation:
         lines = self.lines()
         shown = [line for line in lines[:_SHOWN] if line.share >= _NEGLIGIBLE] or lines[:1]
         rest = lines[len(shown) :]
+        known = any(line.limit_ms is not None for line in shown)
+        note = "of limit: how much of this machine's limit (`python -m fastnn bench limits`) it reaches now.\n"
         more = f"{len(rest)} more lines, {100 * sum(line.share for line in rest):.1f} % of the time.\n" if rest else ""
-        return shown, more + self.summary
+        return shown, more + (note if known else "") + self.summary
 
     def __str__(self) -> str:
         shown, footer = self._shown()
@@ -122,7 +142,8 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
     """Times each module's own part of a forward, and says which fastnn kernel would run it, or why none.
 
     The model is run a few times as it is, in its present mode and without a backward, and left as it was: parameters,
-    buffers, `.grad`, hooks, random state. Activations are shown where they would be fused.
+    buffers, `.grad`, hooks, random state. Activations are shown where they would be fused. The first call on a machine
+    takes three seconds more: it measures the limits that the parts are held against.
 
     Args:
         model: any module; one that is not accelerated yet.
@@ -142,6 +163,9 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
                 with isolated(model):
                     call(model, inputs)
     findings = {finding.module: finding for finding in survey(model).findings}
+    from ..bench.limits import hasty_limits  # not at the top: `import fastnn` has no use for the benchmarks
+
+    limits = hasty_limits(torch.get_num_threads())
     total = clock.total or 1.0
     parts = []
     for name, module in model.named_modules():
@@ -151,7 +175,8 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
             isa = _extension._C.isa() if backend == "cpu" and _extension._C is not None else ""
             ms = 1e3 * seconds / _RUNS
             kind = type(module).__name__
-            parts.append(Part(name, kind, calls // _RUNS, ms, seconds / total, kernel, backend, isa, why_not))
+            least = clock.least_ms(module, limits)
+            parts.append(Part(name, kind, calls // _RUNS, ms, seconds / total, kernel, backend, isa, why_not, least))
     return Explanation(tuple(sorted(parts, key=lambda part: -part.ms)), 1e3 * total / _RUNS)
 
 
@@ -169,12 +194,21 @@ def _outlook(module: Module, found: Finding | None) -> tuple[str, str, str]:
     return kernel + (f" + {found.activation}" if found.fusion else ""), found.backend, ""
 
 
+_Like = tuple[torch.Size, torch.dtype]
+
+
+def _like(t: Tensor) -> _Like:
+    return t.shape, t.dtype
+
+
 class _Clock:
     """Own time and calls of each module, from hooks."""
 
     def __init__(self) -> None:
         self.own: dict[Module, tuple[float, int]] = {}
         self.total = 0.0
+        self._seen: dict[Module, list[tuple[_Like, _Like] | None]] = {}
+        """Input and result of each call, by shape and type; None where they are no tensors."""
         self._open: list[list[float]] = []
         """Start of each call under way, and what the calls inside it took."""
 
@@ -195,7 +229,25 @@ class _Clock:
         took = time.perf_counter() - start
         seconds, calls = self.own.get(module, (0.0, 0))
         self.own[module] = seconds + took - inside, calls + 1
+        given = args[0] if isinstance(args, tuple) and args else None
+        seen = (_like(given), _like(output)) if isinstance(given, Tensor) and isinstance(output, Tensor) else None
+        self._seen.setdefault(module, []).append(seen)
         if self._open:
             self._open[-1][1] += took
         else:
             self.total += took
+
+    def least_ms(self, module: Module, limits: Limits | None) -> float | None:
+        """The least that a run's calls of the module could take; None where that is not known."""
+        if limits is None:
+            return None
+        from ..bench.modules import work_of_call
+
+        least = 0.0
+        for seen in self._seen[module]:
+            tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in seen or ()]
+            work = work_of_call(module, *tensors) if seen else None
+            if work is None:
+                return None
+            least += limits.bound(work, torch.get_num_threads()).seconds
+        return 1e3 * least / _RUNS

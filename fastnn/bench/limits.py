@@ -36,6 +36,8 @@ BUSY = 0.1
 the better of each rate is kept: what disturbs can only slow down."""
 
 _PEAK_SECONDS, _CACHE_SECONDS, _MEMORY_SECONDS = 0.04, 0.06, 0.35
+_HASTE = 6
+"""How many times shorter a hasty measurement is."""
 
 
 class NoLimits(RuntimeError):
@@ -81,7 +83,8 @@ class Limits:
 
     def operations(self, unit: str, threads: int = 1) -> float:
         """Peak of a unit on the instruction set in force; a unit that it lacks computes in float32."""
-        rates = self.peak[self._nearest(threads)][self.isa]
+        by_isa = self.peak[self._nearest(threads)]
+        rates = by_isa.get(self.isa) or by_isa[list(by_isa)[-1]]
         return rates.get(unit, rates["fp32"])
 
     def bandwidth(self, kind: str, threads: int = 1) -> float:
@@ -165,6 +168,26 @@ def machine_limits(*, fresh: bool = False, threads: Iterable[int] | None = None)
     found = measure(doubtful)
     if known is not None:
         found = _better(known, found)
+    return _keep(found)
+
+
+def hasty_limits(threads: int) -> Limits | None:
+    """The limits for so many threads: those that are kept, however found, else measured in two or three seconds.
+
+    For a first impression: what is measured in haste is measured again by `machine_limits`. None where there is no
+    compiled extension.
+    """
+    known = _kept()
+    if known is not None and str(threads) in known.peak:
+        return _in_force(known)
+    try:
+        found = measure([threads], hasty=True)
+    except NoLimits:
+        return None
+    return _keep(found if known is None else _better(known, found))
+
+
+def _keep(found: Limits) -> Limits:
     try:
         write_atomically(_file(), json.dumps(found.to_json(), indent=1) + "\n")
     except OSError:
@@ -192,8 +215,8 @@ def _in_force(limits: Limits) -> Limits:
     return limits
 
 
-def measure(threads: Iterable[int]) -> Limits:
-    """Measures for those numbers of threads.
+def measure(threads: Iterable[int], *, hasty: bool = False) -> Limits:
+    """Measures for those numbers of threads; in haste only the instruction set in force, and as if on a busy machine.
 
     Raises:
         NoLimits: there is no compiled extension.
@@ -202,46 +225,50 @@ def measure(threads: Iterable[int]) -> Limits:
     if extension is None:
         raise NoLimits(f"the machine's limits are measured by the compiled extension: {_extension.missing}")
     limits = Limits(this_machine().key, extension.isa(), {}, {}, {}, {})
+    haste = _HASTE if hasty else 1
     for count in threads:
         others = OthersLoad()
-        limits.peak[str(count)] = _measure_peaks(extension, count)
-        limits.cache[str(count)] = _measure_caches(extension, count)
-        limits.memory[str(count)] = _measure_memory(extension, count)
-        limits.load[str(count)] = round(others.share(), 3)
+        isas = [extension.isa()] if hasty else extension.isa_supported()
+        limits.peak[str(count)] = _measure_peaks(extension, count, isas, haste)
+        limits.cache[str(count)] = _measure_caches(extension, count, haste)
+        limits.memory[str(count)] = _measure_memory(extension, count, haste)
+        limits.load[str(count)] = 1.0 if hasty else round(others.share(), 3)
     return limits
 
 
-def _measure_peaks(extension: Any, threads: int) -> dict[str, dict[str, float]]:
+def _measure_peaks(extension: Any, threads: int, isas: list[str], haste: int) -> dict[str, dict[str, float]]:
     before, found = extension.isa(), {}
     try:
-        for isa in extension.isa_supported():
+        for isa in isas:
             extension.set_isa(isa)
-            rates = {unit: extension.measure_peak(unit, threads, _PEAK_SECONDS) for unit in UNITS}
+            rates = {unit: extension.measure_peak(unit, threads, _PEAK_SECONDS / haste) for unit in UNITS}
             found[isa] = {unit: rate for unit, rate in rates.items() if rate}
     finally:
         extension.set_isa(before)
     return found
 
 
-def _measure_caches(extension: Any, threads: int) -> dict[str, dict[str, float]]:
+def _measure_caches(extension: Any, threads: int, haste: int) -> dict[str, dict[str, float]]:
     sizes = cache_bytes()
     found = {}
     for level, size in sizes.items():
         # Half of a private cache; a third of the last one, which all threads (and neighbours) share.
         working_set = size // 3 // threads if level == max(sizes) else size // 2
         found[level] = {
-            kind: extension.measure_stream(kind, working_set, "huge", False, threads, _CACHE_SECONDS)
+            kind: extension.measure_stream(kind, working_set, "huge", False, threads, _CACHE_SECONDS / haste)
             for kind in ("read", "copy", "write")
         }
     return found
 
 
-def _measure_memory(extension: Any, threads: int) -> dict[str, dict[str, float]]:
+def _measure_memory(extension: Any, threads: int, haste: int) -> dict[str, dict[str, float]]:
     largest = max(cache_bytes().values())
-    each = max(8 * largest, 128 << 20) // threads
+    each = max(8 * largest // min(haste, 2), 128 << 20) // threads
     return {
         kind: {
-            way_name(pages, streaming): extension.measure_stream(kind, each, pages, streaming, threads, _MEMORY_SECONDS)
+            way_name(pages, streaming): extension.measure_stream(
+                kind, each, pages, streaming, threads, _MEMORY_SECONDS / haste
+            )
             for pages, streaming in ways
         }
         for kind, ways in MEMORY_WAYS.items()
