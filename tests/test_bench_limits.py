@@ -14,7 +14,8 @@ from fastnn.testing.bench_cases import Work
 
 GB = 1e9
 
-# The performance page, measured on two cores of an AMD Zen 4 server: low and high end, per number of threads.
+# The performance page, measured on two cores of an AMD Zen 4 server: low and high end, per number of threads. Of 4 KiB
+# pages the high end is that of huge pages: how close they come depends on how scattered the free memory is.
 PAGE = {
     1: {
         "fp32": (117, 117),
@@ -23,9 +24,9 @@ PAGE = {
         "L1 read": (195, 220),
         "L2 read": (116, 116),
         "L3 read": (83, 97),
-        "read, 4 KiB pages": (18, 18),
+        "read, 4 KiB pages": (18, 28),
         "read, huge pages": (28, 28),
-        "copy, 4 KiB pages": (17, 17),
+        "copy, 4 KiB pages": (17, 26),
         "copy, huge pages": (26, 26),
         "copy, huge pages, streaming stores": (37, 37),
     },
@@ -36,9 +37,9 @@ PAGE = {
         "L1 read": (400, 400),
         "L2 read": (208, 208),
         "L3 read": (160, 184),
-        "read, 4 KiB pages": (26, 30),
+        "read, 4 KiB pages": (26, 57),
         "read, huge pages": (38, 57),
-        "copy, 4 KiB pages": (26, 26),
+        "copy, 4 KiB pages": (26, 52),
         "copy, huge pages": (52, 52),
         "copy, huge pages, streaming stores": (51, 75),
     },
@@ -216,10 +217,9 @@ def test_limits_are_those_of_the_performance_page(threads, folder):
         pytest.skip(other)
     if len(load_of_cpus(0)) != 2:
         pytest.skip(f"the page's machine has two cores, this one {len(load_of_cpus(0))}")
-    outside: dict[str, str] = {}
-    for _ in range(3):  # each time the better of old and new: what disturbs can only slow down
+    for _ in range(3):
         others = OthersLoad()
-        found = machine_limits(threads=[threads])
+        found = machine_limits(threads=[threads], fresh=True)
         load = others.share()
         outside = {}
         for what, (low, high) in PAGE[threads].items():
@@ -228,8 +228,6 @@ def test_limits_are_those_of_the_performance_page(threads, folder):
                 outside[what] = f"{rate:.1f}, the page has {low} to {high}"
         if not outside:
             return
-        found.load[str(threads)] = 1.0  # measured again next time
-        module.write_atomically(module._file(), json.dumps(found.to_json()))
     if load > BUSY:
         pytest.skip(f"other processes take {load:.0%} of the processors; outside meanwhile: {outside}")
     assert not outside

@@ -1,5 +1,5 @@
 // Measures the machine: the rates that no kernel can beat. Own threads, one per allowed processor,
-// started together; the best of short trials, since whatever disturbs a trial only makes it slower.
+// started together; the fastest of short trials, since what disturbs a trial only makes it slower.
 #pragma once
 #include <cstdint>
 
