@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastnn
-from fastnn import linear, log_softmax, softmax, testing
+from fastnn import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax, testing
 from fastnn.ops.linear import ACTIVATIONS, linear_reference
 from fastnn.testing import find_case, same_bits
 
@@ -56,6 +56,53 @@ def test_softmax_saves_its_output_only(function):
     assert saved_bytes(lambda: function(x.t(), -1)) == x.nbytes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_saves_eight_bytes_a_row(dtype):
+    """Beside its arguments, which live on anyway: no probabilities, no gradient."""
+    x, target = torch.randn(40, 500).to(dtype).requires_grad_(), torch.arange(40)
+    weight = torch.rand(500).to(dtype)
+    divisors = 8
+    for given in (target, torch.softmax(x.detach(), 1)):
+        arguments = (x, given, weight)
+        ours = saved_bytes(lambda arguments=arguments: cross_entropy(*arguments, label_smoothing=0.1), arguments)
+        assert ours == 40 * 8 + divisors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_saves_its_output_and_four_bytes_a_query(dtype):
+    arguments = [torch.randn(2, 3, 200, 8).to(dtype).requires_grad_() for _ in range(3)]
+    mask = torch.rand(200, 200) < 0.9
+    dropped = saved_bytes(lambda: scaled_dot_product_attention(*arguments, mask, 0.1), (*arguments, mask))
+    output = arguments[0].nbytes
+    assert dropped == output + 2 * 3 * 200 * 4 + 8  # and the seed
+
+
+LONG = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+import torch, fastnn
+torch.set_num_threads(2)
+def attend(length):
+    leaves = [torch.randn(1, 1, length, 16, requires_grad=True) for _ in range(3)]
+    out = fastnn.scaled_dot_product_attention(*leaves, dropout_p=float(sys.argv[1]), is_causal=sys.argv[2] == "causal")
+    out.sum().backward()
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+attend(64)
+before = peak()
+attend(8192)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("options", [("0.0", "full"), ("0.1", "causal")])
+def test_attention_has_no_buffer_of_length_times_length(options, extension):
+    """Forward and backward of 8192 x 8192: one such float32 buffer would be 268 MB, one of bytes 67 MB."""
+    done = subprocess.run([sys.executable, "-c", LONG, *options], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 30e6
+
+
 def test_without_gradient_nothing_is_saved():
     x, w = torch.randn(40, 50), torch.randn(60, 50)
     assert saved_bytes(lambda: linear(x, w, activation="gelu")) == 0
@@ -68,6 +115,8 @@ STEPS = {
     "log_softmax": lambda x, w, b: log_softmax(x, 0),
     "linear": lambda x, w, b: linear(x, w, b, activation="gelu"),
     "linear_relu": lambda x, w, b: linear(x, w, b, activation="relu"),
+    "cross_entropy": lambda x, w, b: cross_entropy(x, torch.zeros(len(x), dtype=torch.long), z_loss=0.1),
+    "attention": lambda x, w, b: scaled_dot_product_attention(x[None, None], w[None, None], w[None, None], None, 0.1),
 }
 
 
@@ -112,6 +161,9 @@ def one_round(x, w, b):
             invalid(lambda: torch.ops.fastnn.linear_fwd(x, w, b[1:], 0, True, True))
             invalid(lambda: torch.ops.fastnn.linear_bwd(x, x, w, None, 0, list(x.shape), [True] * 3, True))
             invalid(lambda: torch.ops.fastnn.softmax_bwd(x, w, 0, False, torch.float32, True))
+            invalid(lambda: cross_entropy(x, torch.full((len(x),), x.shape[1])))
+            heads = [t[None, None] for t in (x, w, w)]
+            invalid(lambda: torch.ops.fastnn.attention_fwd(*heads, b[1:], None, 0.0, 1.0, 0.0, -1, -1, True))
 
 
 def test_repeated_calls_do_not_leak():
@@ -139,6 +191,7 @@ def test_small_calls_do_not_leak():
 def test_calls_from_many_threads():
     """Forward and backward of everything at once, from threads of their own, give what one thread gives."""
     work = [("softmax", "rows"), ("softmax", "log_columns"), ("linear", "gelu_bias"), ("linear", "packed_rows")]
+    work += [("cross_entropy", "everything_mean"), ("attention", "softcap_masked")]
 
     def results(op, name):
         case = find_case(op, name)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastnn import linear, log_softmax, softmax
+from fastnn import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax
 from fastnn.testing import assert_within_budget, policy, targets
 
+T, HEADS = torch.tensor([0, 3, 6, -100, 2]), (1, 1, 5, 7)
 W = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
 
 
@@ -20,6 +21,12 @@ def right(x):
         (lambda t: log_softmax(t, 0), lambda t: torch.log_softmax(t, 0)),
         (lambda t: linear(t, W.to(t.dtype)), lambda t: F.linear(t, W.to(t.dtype))),
         (lambda t: linear(W.to(t.dtype), t), lambda t: F.linear(W.to(t.dtype), t)),
+        (lambda t: cross_entropy(t, T), lambda t: F.cross_entropy(t, T)),
+        (lambda t: cross_entropy(t, t, t[0]), lambda t: F.cross_entropy(t, t, t[0])),
+        (
+            lambda t: scaled_dot_product_attention(*[t.view(HEADS)] * 3, t[:, :5]),
+            lambda t: F.scaled_dot_product_attention(*[t.view(HEADS)] * 3, t[:, :5]),
+        ),
     ):
         found = ours(x)
         assert_within_budget(found, theirs(plain.double()), theirs(plain), torch.float32, policy.FORWARD_FACTOR)
@@ -41,6 +48,28 @@ def test_negated_view():
     x = torch.randn(5, 7, dtype=torch.complex64).conj().imag
     assert x.is_neg()
     right(x)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda x: cross_entropy(x, T, reduction="none"), lambda x: F.cross_entropy(x, T, reduction="none")),
+        (
+            lambda x: scaled_dot_product_attention(*[x.view(HEADS)] * 3),
+            lambda x: F.scaled_dot_product_attention(*[x.view(HEADS)] * 3),
+        ),
+    ],
+    ids=["cross_entropy", "attention"],
+)
+def test_negated_grad_output_of_losses_and_attention(ours, theirs):
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = ours(x)
+    grad = torch.randn(y.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(2)).conj().imag
+    assert grad.is_neg()
+    (found,) = torch.autograd.grad(y, x, grad)
+    (truth,) = torch.autograd.grad(theirs(x.double()), x, grad.double())
+    (rival,) = torch.autograd.grad(theirs(x), x, grad)
+    assert_within_budget(found, truth.double(), rival, torch.float32, policy.GRADIENT_FACTOR)
 
 
 def test_negated_grad_output():
@@ -70,6 +99,8 @@ def test_subclasses_come_back():
     for leaf in (x, x.clone().requires_grad_()):
         assert type(softmax(leaf, -1)) is Marked
         assert type(linear(leaf, W)) is Marked
+        assert type(cross_entropy(leaf, T)) is Marked
+        assert type(scaled_dot_product_attention(*[leaf[None, None]] * 3)) is Marked
 
 
 def test_result_of_an_op_as_input_of_the_next():
