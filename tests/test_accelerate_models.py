@@ -40,7 +40,9 @@ def test_tiny_transformers(name, training):
     tokens = {"input_ids": torch.randint(0, 100, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
     report = fastnn.accelerate(model, example_inputs=tokens, freeze=True)
-    assert report.verified and report.fused == fused and not report.skipped
+    eager = [e for e in report.skipped if "attention implementation is 'eager'" in e.reason]
+    assert report.verified and report.fused == fused and len(report.skipped) == len(eager)
+    assert len(eager) == (2 if "eager" in name else 0)
     assert list(model.state_dict()) == keys
     tokens["attention_mask"][0, 4:] = 0  # other values, and below another shape
     for batch in (tokens, {name: value[:1, :3] for name, value in tokens.items()}):
@@ -56,7 +58,8 @@ def test_tiny_transformers(name, training):
 def test_bert_reports_every_layer():
     model = transformers.BertModel(TINY["bert"][1]).eval()
     report = fastnn.accelerate(model)
-    names = {name for name, m in model.named_modules() if type(m).__name__ in ("Linear", "GELUActivation", "Tanh")}
+    reported = ("Linear", "GELUActivation", "Tanh", "BertSelfAttention")
+    names = {name for name, m in model.named_modules() if type(m).__name__ in reported}
     assert {e.name for e in report.entries} == names
     assert "BertSelfAttention: forward calls isinstance()" in str(report)
 
@@ -73,7 +76,7 @@ def test_real_sentence_encoder_gives_the_same_answers(minilm):
     sentences = [*QUERIES, *CANDIDATES]
     before = minilm.embed(sentences, 16)
     report = fastnn.accelerate(ours.model, example_inputs=minilm.tokens(CANDIDATES[:3]), freeze=True)
-    assert report.verified and report.fused == 7 and len(report.accelerated) == 44 and not report.skipped
+    assert report.verified and report.fused == 7 and len(report.accelerated) == 50 and not report.skipped
     for batch in (16, 5):
         found = _agreement(before, ours.embed(sentences, batch))
         assert found.max_cosine_distance <= COSINE_LIMIT and found.ranking_unchanged

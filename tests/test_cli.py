@@ -111,7 +111,7 @@ def test_demo_runs(tmp_path, capsys):
     if _extension._C is None:
         pytest.skip(_extension.missing)
     path = tmp_path / "demo.json"
-    assert cli.main(["demo", "--rounds", "2", "--batch", "4", "--json", str(path)]) == 0
+    assert cli.main(["demo", "--rounds", "2", "--batch", "4", "--no-training", "--json", str(path)]) == 0
     text = capsys.readouterr().out
     assert "Same answers" in text and "unchanged: yes" in text and "linear_packed_fwd" in text
     found = json.loads(path.read_text())

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import Module
 
+from .._record import note_reference
 from ..nn import MultiheadAttention
 from ..ops.attention import scaled_dot_product_attention
 from .report import Patch
@@ -31,11 +32,13 @@ def attention_forward(
     """transformers' attention interface on `fastnn.scaled_dot_product_attention`.
 
     Query (B, H, S_q, D), key and value (B, H_kv, S_k, D); returns ((B, S_q, H, D), None). What this kernel does not
-    know (a paged cache, a position bias) goes to transformers' own sdpa function.
+    know (a paged cache, a position bias) goes to transformers' own sdpa function; so does a call with dropout, whose
+    mask would otherwise be another one than before, and every random number after it.
     """
-    if any(options.get(name) is not None for name in ("cache", "position_bias")):
+    if dropout > 0 or any(options.get(name) is not None for name in ("cache", "position_bias")):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        note_reference("attention_fwd")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )

@@ -59,9 +59,12 @@ class Training:
 
     @property
     def curve_difference(self) -> float:
-        """Largest relative difference between the two loss curves, each smoothed over 20 steps."""
+        """Largest difference between the two loss curves, each smoothed over 20 steps, as a share of where they start.
+
+        Of the start and not of the loss itself: near zero two runs that differ by rounding part ways relatively.
+        """
         a, b = (_smoothed(run.losses) for run in (self.torch, self.fastnn))
-        return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+        return max(abs(x - y) for x, y in zip(a, b, strict=True)) / abs(a[0])
 
 
 def _smoothed(losses: list[float], window: int = 20) -> list[float]:
