@@ -172,7 +172,7 @@ def _print(report: Report) -> None:
     table = Table(title="results within the error budget (share of it that the worst one took)", box=box.SIMPLE_HEAD)
     table.title_justify = "left"
     for head in ("op", "runs on", *dtypes):
-        table.add_column(head)
+        table.add_column(head, no_wrap=head in ("op", "runs on"), overflow="fold")
     for op, target in dict.fromkeys((part.op, part.target) for part in report.parts):
         cells = [_cell(report, op, target, dtype) for dtype in dtypes]
         table.add_row(op, target, *(Text(text, style) for text, style in cells))

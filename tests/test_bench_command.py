@@ -184,6 +184,7 @@ def test_killed_midway_it_keeps_what_was_measured(how, tmp_path, extension):
         [*command, "--rounds", "1"],
         cwd=tmp_path,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
