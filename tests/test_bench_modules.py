@@ -72,7 +72,7 @@ def test_the_first_explain_measures_in_haste_and_bench_measures_again(quick, mon
     fastnn.explain(Model().eval(), example_inputs=torch.randn(2, 256))
     monkeypatch.setattr(limits, "measure", measured)
     found = limits.machine_limits(threads=[1])
-    assert found.load == {"1": 0.0} and list(found.peak["1"])[0] == kept.isa and len(found.peak["1"]) > 1
+    assert found.load == {"1": 0.0} and next(iter(found.peak["1"])) == kept.isa and len(found.peak["1"]) > 1
 
 
 def test_without_the_extension_the_column_is_left_out(monkeypatch, tmp_path):
