@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastnn.bench.contenders import CONTENDERS, OURS, Ours
+from fastnn.bench.limits import RESIDENT
 from fastnn.bench.worker import check, check_kernel, truth_of
 from fastnn.testing.bench_cases import EXP_OPERATIONS, bench_cases, families, find_bench_case, forward_backward
 
@@ -45,6 +46,32 @@ linear+none/fp32 | 2048, 768, 3072 | 1.02 |
 linear+none/bf16 | 2048, 768, 3072 | 1.14 |
 linear+gelu_tanh/fp32 | 2048, 768, 3072 | 1.19 |
 linear+gelu_tanh/bf16 | 2048, 768, 3072 | 1.23 |
+cross_entropy_fb/fp32 | 2048, 50257 | 8.5 | 2.8
+cross_entropy_fwd/fp32 | 2048, 50257 | 1.8 |
+cross_entropy_fb/bf16 | 2048, 50257 | 6.1 | 2.8
+cross_entropy_fwd/bf16 | 2048, 50257 | 2.0 |
+sdpa_fwd/fp32 | 4, 12, 128, 64 | 1.1 |
+sdpa_fb/fp32 | 4, 12, 128, 64 | 1.4 |
+sdpa_fwd/bf16 | 4, 12, 128, 64 | 1.5 |
+sdpa_fb/bf16 | 4, 12, 128, 64 | 3.1 |
+sdpa_fwd_causal/fp32 | 4, 12, 128, 64 | 2.0 |
+sdpa_fb_causal/fp32 | 4, 12, 128, 64 | 2.4 |
+sdpa_fwd_causal/bf16 | 4, 12, 128, 64 | 3.0 |
+sdpa_fb_causal/bf16 | 4, 12, 128, 64 | 5.0 |
+sdpa_fwd/fp32 | 1, 12, 2048, 64 | 1.1 |
+sdpa_fb/fp32 | 1, 12, 2048, 64 | 1.4 |
+sdpa_fwd/bf16 | 1, 12, 2048, 64 | 1.2 |
+sdpa_fb/bf16 | 1, 12, 2048, 64 | 2.2 |
+sdpa_fwd_causal/fp32 | 1, 12, 2048, 64 | 1.5 |
+sdpa_fb_causal/fp32 | 1, 12, 2048, 64 | 1.4 |
+sdpa_fwd_causal/bf16 | 1, 12, 2048, 64 | 2.4 |
+sdpa_fb_causal/bf16 | 1, 12, 2048, 64 | 2.2 |
+sdpa_decode/fp32 | 8, 16, 16, 2048, 64 | 1.7 |
+sdpa_decode/bf16 | 8, 16, 16, 2048, 64 | 11.2 |
+sdpa_decode/fp32 | 8, 32, 8, 2048, 128 | 2.3 |
+sdpa_decode/bf16 | 8, 32, 8, 2048, 128 | 3.1 |
+sdpa_decode/fp32 | 1, 32, 8, 2048, 128 | 5.0 |
+sdpa_decode/bf16 | 1, 32, 8, 2048, 128 | 2.8 |
 """
 
 
@@ -87,8 +114,12 @@ def meta(case):
 def test_bytes_are_those_of_the_tensors(case):
     inputs = case.inputs()
     results = case.run(case.torch_call, inputs)
-    size = sum(t.numel() * t.element_size() for t in inputs.values())
-    assert (case.work.read, case.work.written) == (size, sum(t.numel() * t.element_size() for t in results))
+    given, found = ([t.numel() * t.element_size() for t in tensors] for tensors in (inputs.values(), results))
+    assert case.work.written == sum(found)
+    if case.direction == "fb":  # two passes: forward reads all but the last, backward what it needs
+        assert sum(given) - given[-1] <= case.work.read <= 2 * sum(given) + found[0]
+    else:
+        assert case.work.read == sum(given)
 
 
 def test_operations_are_those_of_the_page():
@@ -97,6 +128,41 @@ def test_operations_are_those_of_the_page():
     assert find_bench_case("softmax_bwd/fp32 (64, 32000)").work.operations == 0
     linear = find_bench_case("linear+gelu_tanh/bf16 (128, 768, 3072)")
     assert (linear.work.operations, linear.work.unit) == (2 * 128 * 768 * 3072, "bf16")
+    attention = find_bench_case("sdpa_fwd/fp32 (4, 12, 128, 64)").work.operations
+    assert attention == 4 * 4 * 12 * 128 * 128 * 64
+    assert find_bench_case("sdpa_fwd_causal/fp32 (4, 12, 128, 64)").work.operations == attention / 2
+    assert find_bench_case("sdpa_fb/fp32 (4, 12, 128, 64)").work.operations == attention * 3.5
+
+
+# What the performance page says of its best contender: time in milliseconds and % of limit, on the page's machine.
+SHARES = {
+    "softmax_fwd/fp32 (64, 32000)": (0.755, 74),
+    "softmax_fwd/bf16 (49152, 512)": (18.42, 37),
+    "linear+none/fp32 (1, 4096, 4096)": (2.65, 94),
+    "linear+none/bf16 (1, 4096, 4096)": (1.81, 69),
+    "linear+none/bf16 (32, 768, 3072)": (0.7158, 90),
+    "linear+none/fp32 (128, 768, 3072)": (5.78, 89),
+    "cross_entropy_fb/fp32 (2048, 50257)": (481.22, 10),
+    "cross_entropy_fwd/fp32 (2048, 50257)": (58.66, 36),
+    "cross_entropy_fb/bf16 (2048, 50257)": (308.27, 14),
+    "sdpa_fwd/fp32 (4, 12, 128, 64)": (2.73, 63),
+    "sdpa_fb_causal/fp32 (4, 12, 128, 64)": (13.54, 22),
+    "sdpa_fwd/bf16 (1, 12, 2048, 64)": (83.31, 66),
+    "sdpa_decode/fp32 (8, 16, 16, 2048, 64)": (9.22, 54),
+    "sdpa_decode/fp32 (1, 32, 8, 2048, 128)": (2.60, 11),
+    "sdpa_decode/bf16 (1, 32, 8, 2048, 128)": (1.43, 20),
+}
+
+
+@pytest.mark.parametrize("row", SHARES)
+def test_shares_of_the_limit_are_the_pages(row):
+    """On the page's limits: 117 / 234 G(FL)OP/s, 85 GB/s from cache, 27 from memory."""
+    work = find_bench_case(row).work
+    peak = {"fp32": 117e9, "bf16": 234e9}[work.unit]
+    bandwidth = 85e9 if work.bytes <= RESIDENT * 2**25 else 27e9
+    milliseconds, percent = SHARES[row]
+    bound = max(work.operations / peak, work.bytes / bandwidth)
+    assert 100 * bound / (milliseconds * 1e-3) == pytest.approx(percent, abs=0.7)
 
 
 @pytest.mark.parametrize("case", small(SWEEP)[::5], ids=lambda case: case.id)

@@ -8,7 +8,7 @@ import pytest
 
 from fastnn import _extension
 from fastnn.bench import limits as module
-from fastnn.bench.limits import BUSY, Limits, NoLimits, machine_limits
+from fastnn.bench.limits import BUSY, RESIDENT, Limits, NoLimits, machine_limits
 from fastnn.bench.machine import OthersLoad, cache_bytes, cpu_family, load_of_cpus, this_machine
 from fastnn.testing.bench_cases import Work
 
@@ -102,7 +102,7 @@ def test_the_cache_that_holds_a_row_bounds_it():
     for (level, size), rate in zip(sizes.items(), (1000, 500, 100), strict=False):
         bound = made().bound(Work(size // 2, 0, 1))
         assert (bound.by, bound.seconds) == (f"{level} read", pytest.approx(size / 2 / (rate * GB)))
-    assert made().bound(Work(max(sizes.values()) // 2 + 64, 0, 1)).by == "memory"
+    assert made().bound(Work(int(RESIDENT * max(sizes.values())) + 64, 0, 1)).by == "memory"
 
 
 def test_unmeasured_numbers_of_threads_take_the_next_lower_one():

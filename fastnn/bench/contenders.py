@@ -108,6 +108,28 @@ class Eager(Contender):
 
 
 @register
+class ByHand(Contender):
+    """Torch as an expert writes it."""
+
+    name, native = "by_hand", True
+
+    def why_not(self, case: BenchCase) -> str:
+        """Most plain calls are the best one."""
+        return "" if case.by_hand is not None else "the plain call is the way to write it"
+
+    def prepare(self, case: BenchCase, inputs: Inputs, threads: int, setting: str) -> Runner:
+        """The family's rewriting."""
+        by_hand = case.by_hand
+        if by_hand is None:
+            raise ValueError(self.why_not(case))
+
+        def call() -> Results:
+            return case.run(by_hand, inputs)
+
+        return Runner(call, call)
+
+
+@register
 class EagerOut(Contender):
     """Torch writing into a result that is there already."""
 

@@ -25,6 +25,10 @@ def _as_numpy(t: Tensor) -> Any:
     return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
 
 
+def _onnx_tensor(helper: Any, element: int, name: str, values: Tensor) -> Any:
+    return helper.make_tensor(name, element, list(values.shape), _as_numpy(values).tobytes(), raw=True)
+
+
 def onnx_model(case: BenchCase, inputs: Inputs) -> bytes:
     """The case's graph, serialised, with its constants inside."""
     onnx = importlib.import_module("onnx")
@@ -34,7 +38,11 @@ def onnx_model(case: BenchCase, inputs: Inputs) -> bytes:
     for i, node in enumerate(case.onnx):
         output = f"{node.output}_{i}"
         names = [current[name] for name in node.inputs]
-        nodes.append(helper.make_node(node.operator, names, [output], **node.attributes))
+        attributes = {
+            key: _onnx_tensor(helper, element, output, value()) if callable(value) else value
+            for key, value in node.attributes.items()
+        }
+        nodes.append(helper.make_node(node.operator, names, [output], **attributes))
         current[node.output] = output
     last = nodes[-1].output[0]
     variables = [name for name in inputs if name not in case.constants]
@@ -44,10 +52,7 @@ def onnx_model(case: BenchCase, inputs: Inputs) -> bytes:
         case.name,
         [helper.make_tensor_value_info(name, element, list(inputs[name].shape)) for name in variables],
         [helper.make_tensor_value_info(last, element, list(result.shape))],
-        [
-            helper.make_tensor(name, element, list(inputs[name].shape), _as_numpy(inputs[name]).tobytes(), raw=True)
-            for name in case.constants
-        ],
+        [_onnx_tensor(helper, element, name, inputs[name]) for name in case.constants],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=10)
     serialised: bytes = model.SerializeToString()

@@ -31,6 +31,9 @@ MEMORY_WAYS: dict[str, tuple[tuple[str, bool], ...]] = {
 }
 """How memory is streamed: page size, and whether stores bypass the caches."""
 
+RESIDENT = 0.6
+"""The share of a cache that a row may fill and still find itself there in the next call."""
+
 BUSY = 0.1
 """Limits measured while others took more than this share of the processors are measured again at the next occasion, and
 the better of each rate is kept: what disturbs can only slow down."""
@@ -101,14 +104,14 @@ class Limits:
     def bound(self, work: Work, threads: int = 1) -> Bound:
         """The least time for `work`: the longer of its operations at the peak and its bytes at the bandwidth.
 
-        What fits half of a cache counts as resident there and is held to that cache's read rate.
+        What fits `RESIDENT` of a cache counts as resident there and is held to that cache's read rate.
         """
         count = self._nearest(threads)
         sizes = cache_bytes()
         best = Bound(self.memory_seconds(work, threads), "memory")
         for level in sorted(self.cache[count], reverse=True):
             private = 1 if level == max(sizes) else int(count)
-            if work.bytes <= sizes[level] * private / 2:
+            if work.bytes <= RESIDENT * sizes[level] * private:
                 best = Bound(work.bytes / self.cache[count][level]["read"], f"{level} read")
         computing = work.operations / self.operations(work.unit, threads)
         return Bound(computing, f"{work.unit} operations") if computing > best.seconds else best

@@ -112,7 +112,7 @@ def extra_memory(call: Callable[[], object]) -> int | None:
 
 def truth_of(case: BenchCase, inputs: Inputs) -> Results:
     """What the case computes, in float64."""
-    return case.run(case.torch_call, {name: t.double() for name, t in inputs.items()})
+    return case.run(case.torch_call, {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()})
 
 
 def check(case: BenchCase, found: Results, truth: Results, rival: Results, name: str) -> None:

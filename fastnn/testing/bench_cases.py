@@ -27,7 +27,10 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Work:
-    """What cannot be avoided: each input read once, each output written once, the operations of the definition."""
+    """What cannot be avoided: each input read once, each output written once, the operations of the definition.
+
+    Forward and backward together are two passes: what both need is read in both.
+    """
 
     read: int
     """Bytes."""
@@ -81,7 +84,8 @@ class Node:
     operator: str
     inputs: tuple[str, ...]
     """Names of the case's inputs or of earlier outputs."""
-    attributes: Mapping[str, int | float | str] = field(default_factory=dict)
+    attributes: Mapping[str, int | float | str | Sequence[int] | Callable[[], Tensor]] = field(default_factory=dict)
+    """A function stands for the tensor it makes."""
     output: str = "y"
     """The last node's output is the graph's; a name that is given again stands for the later value from then on."""
 
@@ -105,6 +109,8 @@ class BenchCase:
     ours: tuple[Ours, ...]
     wanted: tuple[str, ...] = ()
     """Inputs whose gradients are taken in direction `fb`; `grad` is then the gradient of the result."""
+    by_hand: Callable[[Inputs], Tensor | Results] | None = None
+    """Torch as somebody writes it who knows which of its ways is fast, where that is not the plain call."""
     out_call: Callable[[Inputs, Tensor], object] | None = None
     """Eager torch into a given result, where it can."""
     constants: tuple[str, ...] = ()

@@ -94,8 +94,8 @@ def _work(shape: Shape, dtype: str, direction: Direction) -> Work:
     unit = "bf16" if dtype == "bf16" else "fp32"
     if direction == "fwd":
         return Work((m * k + n * k + n) * size, m * n * size, 2 * m * n * k, unit)
-    # The output's gradient is read as well; the gradients of input, weight and bias are written.
-    read, written = m * k + n * k + n + m * n, m * n + m * k + n * k + n
+    # Backward reads input, weight and the result's gradient, and writes the gradients of input, weight and bias.
+    read, written = 2 * (m * k + n * k) + n + m * n, m * n + m * k + n * k + n
     return Work(read * size, written * size, 6 * m * n * k, unit)
 
 

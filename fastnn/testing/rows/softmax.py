@@ -101,7 +101,7 @@ def _prepare(direction: Direction, inputs: Inputs) -> Callable[[], Results]:
 
 
 _MAKE = {"fwd": _make_forward, "bwd": _make_backward, "fb": _make_both}
-_TENSORS = {"fwd": (1, 1), "bwd": (2, 1), "fb": (2, 2)}
+_TENSORS = {"fwd": (1, 1), "bwd": (2, 1), "fb": (3, 2)}
 """Tensors of the input's size that must be read and written."""
 
 
