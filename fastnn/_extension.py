@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 import torch
@@ -17,6 +18,12 @@ missing: str
 try:
     _C = importlib.import_module("fastnn._C")
     missing = ""
+    # Here rather than in the module, where any exception would come out as an ImportError: as "no extension".
+    if _isa := os.environ.get("FASTNN_ISA"):
+        try:
+            _C.set_isa(_isa)
+        except ValueError as error:
+            raise ValueError(f"environment variable FASTNN_ISA: {error}") from None
 except ImportError as error:
     _C = None
     missing = (

@@ -210,6 +210,7 @@ def rate_of(found: Limits, threads: int, what: str) -> float:
     return found.memory[count][kind][way] / GB
 
 
+@pytest.mark.slow  # and only true where neither this machine nor its neighbours on the host do anything else
 @pytest.mark.parametrize("threads", [1, 2])
 def test_limits_are_those_of_the_performance_page(threads, folder):
     other = is_the_pages_machine()

@@ -13,7 +13,7 @@ std::vector<std::string> isa_supported();
 
 // Forces one by name; "" takes the best that this CPU has. Throws std::invalid_argument for a name
 // that is unknown, not compiled in, or not supported by this CPU. At load time the environment
-// variable FASTNN_ISA is obeyed by the module.
+// variable FASTNN_ISA is obeyed by fastnn/_extension.py.
 void set_isa(const std::string& name);
 
 // The kernels in force. One atomic load.

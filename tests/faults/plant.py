@@ -180,7 +180,7 @@ class Copy:
     def python(self, *arguments: str) -> tuple[int, str]:
         """Runs Python on the copy; (status, output)."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("FASTNN_")}
-        environment = {**kept, "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
+        environment = {**kept, "PYTHONPATH": str(self.root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         try:
             done = subprocess.run(
                 [sys.executable, *arguments],
@@ -206,8 +206,7 @@ class Copy:
 
     def plant(self, fault: Fault) -> None:
         """Writes the fault and builds what it needs."""
-        path = self.root / fault.file
-        path.write_text(mutated(fault))
+        self.write(fault.file, mutated(fault))
         if not fault.file.startswith("csrc/"):
             return
         isa = fault.isa or self.base.isa
@@ -221,8 +220,15 @@ class Copy:
             raise PlantError(f"{fault.name}: nothing is compiled from {fault.file}")
         self.base.extension(self.module, changed)
 
+    def write(self, file: str, text: str) -> None:
+        """Writes a source of the copy; byte code of the version before, which may be as long and as old, goes."""
+        path = self.root / file
+        path.write_text(text)
+        for stale in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
+            stale.unlink()
+
     def restore(self, fault: Fault) -> None:
-        shutil.copy(ROOT / fault.file, self.root / fault.file)
+        self.write(fault.file, (ROOT / fault.file).read_text())
         if fault.file.startswith("csrc/"):
             temporary = self.module.with_suffix(".new")
             shutil.copy(self.kept, temporary)
