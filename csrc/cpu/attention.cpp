@@ -36,6 +36,37 @@ class Widened {
 
 constexpr int64_t kGrainOperations = int64_t{1} << 20;  // about 10 us of one core
 
+// Keys are split where there are few key heads; where, depends on the sizes and not on the threads.
+constexpr int64_t kDecodeItems = 64;
+constexpr int64_t kDecodePartKeys = 512;  // at least
+
+void attention_decode(const AttentionFwdParams& p, const KernelTable& table) {
+  const AttentionParams& a = p.a;
+  const int64_t items = a.B * a.H_kv;
+  const int64_t most = std::max<int64_t>(1, a.S_k / kDecodePartKeys);
+  const int64_t parts = std::min(most, (kDecodeItems + items - 1) / items);
+  const int64_t rows = table.attention_decode_rows(a);
+  const int64_t floats = rows * table.attention_decode_floats(a);  // of a part
+  const Scratch partial(items * parts * floats * 4);
+  auto* const out = static_cast<float*>(partial.get());
+  // Memory bounds few rows: as much time as 16 operations an element.
+  const int64_t operations =
+      std::max<int64_t>(1, a.S_k / parts) * (a.D + a.D_v + 16) * std::max<int64_t>(16, 2 * rows);
+  const int64_t grain = std::max<int64_t>(1, kGrainOperations / operations);
+  parallel_for(items * parts, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(table.attention_decode_scratch(a) * 4);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t part = i % parts;
+      table.attention_decode(a, i / parts, a.S_k * part / parts, a.S_k * (part + 1) / parts,
+                             out + i * floats, static_cast<float*>(scratch.get()));
+    }
+  });
+  parallel_for(items, grain * parts, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      table.attention_decode_merge(p, i, parts, out + i * parts * floats);
+  });
+}
+
 }  // namespace
 
 void attention_fwd(const AttentionFwdParams& p) {
@@ -43,6 +74,7 @@ void attention_fwd(const AttentionFwdParams& p) {
   record_run("attention_fwd", table.isa);
   const int64_t items = table.attention_fwd_items(p.a);
   if (items == 0) return;
+  if (table.attention_decode_rows(p.a) > 0) return attention_decode(p, table);
   const Widened widened(p.a, table);
   const int64_t operations = 2 * 48 * std::max<int64_t>(1, p.a.S_k) * (p.a.D + p.a.D_v + 16);
   parallel_for(items, std::max<int64_t>(1, kGrainOperations / operations),

@@ -34,6 +34,15 @@ struct KernelTable {
   int64_t (*attention_fwd_scratch)(const AttentionParams& p);
   void (*attention_fwd)(const AttentionFwdParams& p, const float* k, const float* v, int64_t begin,
                         int64_t end, float* scratch);
+  // Few queries: rows that share a key head, 0 where attention_fwd is the quicker; floats of one
+  // row's part. Keys [begin, end) of (batch entry, key head) `item`; then its parts to the output.
+  int64_t (*attention_decode_rows)(const AttentionParams& p);
+  int64_t (*attention_decode_floats)(const AttentionParams& p);
+  int64_t (*attention_decode_scratch)(const AttentionParams& p);
+  void (*attention_decode)(const AttentionParams& p, int64_t item, int64_t begin, int64_t end,
+                           float* out, float* scratch);
+  void (*attention_decode_merge)(const AttentionFwdParams& p, int64_t item, int64_t parts,
+                                 float* partial);
   int64_t (*attention_bwd_scratch)(const AttentionParams& p);
   void (*attention_bwd)(const AttentionBwdParams& p, const float* k, const float* v, int64_t begin,
                         int64_t end, float* scratch);

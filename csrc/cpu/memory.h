@@ -21,6 +21,11 @@ constexpr int64_t kHugeOutputBytes = int64_t{32} << 20;
 // bandwidth.
 constexpr int64_t kHugeKeptBytes = int64_t{2} << 20;
 
+// Results from here on are written past the caches: two thirds of 32 MiB, what a core complex's
+// last-level cache commonly is. (What the system says of it is the whole host's on many virtual
+// machines.)
+constexpr int64_t kStreamFromBytes = int64_t{21} << 20;
+
 // A per-thread buffer that lives for one kernel call, 64-byte aligned, on huge pages from 2 MiB on.
 // Buffers up to kKeptScratchBytes stay with the thread for the next call; they nest (a second one
 // alive at the same time is its own).

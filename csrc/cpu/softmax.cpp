@@ -17,16 +17,26 @@ int64_t items_per_grain(int64_t elements, int64_t items) {
   return items == 0 ? 1 : std::max<int64_t>(1, kGrain * items / std::max<int64_t>(1, elements));
 }
 
+// Whether a result is better written past the caches: too large to be there when it is read, and
+// rows of whole lines.
+bool streams(const void* out, int64_t outer, int64_t cols, int64_t inner, DType dtype) {
+  const int64_t row = cols * element_bytes(dtype);
+  return inner == 1 && outer * row >= kStreamFromBytes && row % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(out) % 64 == 0;
+}
+
 }  // namespace
 
-void softmax_fwd(const SoftmaxParams& p) {
+void softmax_fwd(const SoftmaxParams& given) {
+  SoftmaxParams p = given;
+  p.stream = streams(p.y, p.outer, p.cols, p.inner, p.y_dtype);
   const KernelTable& table = kernels();
   record_run("softmax_fwd", table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;
   const int64_t items = table.softmax_items(p.outer, p.inner);
-  // Half precision keeps the exponentials of a row in float32; float32 keeps them in the output
-  // itself.
-  const bool buffered = p.y_dtype != DType::kFloat32 && p.inner == 1 && !p.log;
+  // The exponentials of a row are kept in float32: in the output itself, where it is float32 and
+  // read again from cache.
+  const bool buffered = (p.y_dtype != DType::kFloat32 || p.stream) && p.inner == 1 && !p.log;
   parallel_for(
       items, items_per_grain(p.outer * p.cols * p.inner, items), [&](int64_t begin, int64_t end) {
         const Scratch scratch(buffered ? std::min<int64_t>(p.cols, int64_t{1} << 16) * 4 : 0);
@@ -34,7 +44,9 @@ void softmax_fwd(const SoftmaxParams& p) {
       });
 }
 
-void softmax_bwd(const SoftmaxBwdParams& p) {
+void softmax_bwd(const SoftmaxBwdParams& given) {
+  SoftmaxBwdParams p = given;
+  p.stream = streams(p.dx, p.outer, p.cols, p.inner, p.dx_dtype);
   const KernelTable& table = kernels();
   record_run("softmax_bwd", table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;

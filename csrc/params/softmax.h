@@ -13,6 +13,7 @@ struct SoftmaxParams {
   int64_t x_row_stride;    // between rows of the input, used with inner == 1
   DType x_dtype, y_dtype;  // equal, or y is float32
   bool log;
+  bool stream = false;  // y is written past the caches: inner == 1, rows of whole aligned lines
 };
 
 // dx = y (dy - sum(dy y)), of the logarithm dx = dy - exp(y) sum(dy).
@@ -24,6 +25,7 @@ struct SoftmaxBwdParams {
   int64_t dy_row_stride;    // used with inner == 1; 0 where the gradient was expanded
   DType y_dtype, dx_dtype;  // dy has y's type; dx has it too, or y is float32
   bool log;
+  bool stream = false;  // dx is
 };
 
 }  // namespace fastnn

@@ -188,23 +188,26 @@ inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t 
   }
 }
 
-// Keeps or drops: x [key][kQueries] times 0 or 1 / (1 - dropout), by the element's position in (B,
-// H, S_q, S_k).
-inline void drop(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys, float* x) {
+// Multiplies the weights x of one query, `stride` apart for keys j0, j0 + 1, ..., by 0 (dropped) or
+// 1 / (1 - dropout), by their positions in (B, H, S_q, S_k). One counter gives four neighbouring
+// keys.
+inline void drop_query(const AttentionParams& p, int64_t b, int64_t head, int64_t query, int64_t j0,
+                       int64_t keys, float* x, int64_t stride) {
   const float keep_scale = 1.f / (1.f - p.dropout);
   const uint64_t threshold = (uint64_t)((double)p.dropout * 4294967296.0);
-  // One counter gives four neighbouring keys of one query.
   const uint64_t groups = (uint64_t)(p.S_k + 3) / 4;
-  for (int64_t r = 0; r < t.rows; ++r) {
-    const uint64_t row = (uint64_t)((t.b * p.H + t.head) * p.S_q + t.first + r) * groups;
-    for (int64_t j = 0; j < keys;) {
-      const Philox4 random = philox(p.seed, row + (uint64_t)(j0 + j) / 4);
-      do {
-        x[j * kQueries + r] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;
-        ++j;
-      } while (j < keys && (j0 + j) % 4 != 0);
-    }
+  const uint64_t row = (uint64_t)((b * p.H + head) * p.S_q + query) * groups;
+  for (int64_t j = 0; j < keys;) {
+    const Philox4 random = philox(p.seed, row + (uint64_t)(j0 + j) / 4);
+    do {
+      x[j * stride] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;
+      ++j;
+    } while (j < keys && (j0 + j) % 4 != 0);
   }
+}
+inline void drop(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys, float* x) {
+  for (int64_t r = 0; r < t.rows; ++r)
+    drop_query(p, t.b, t.head, t.first + r, j0, keys, x + r, kQueries);
 }
 
 int64_t attention_fwd_scratch(const AttentionParams& p) {

@@ -1,21 +1,22 @@
 // Backward of scaled dot-product attention: the weights are recomputed tile by tile from the saved
 // logsumexp, in the layout of the forward (kernels/attention.h).
 #pragma once
-#include "cpu/kernels/attention.h"
+#include "cpu/kernels/attention_decode.h"
 
 namespace fastnn {
 namespace {
 
 // Scratch of backward: dk, dv sums | q, dO as lanes | dq sums | q, dO as rows | P | dP, dS | cap
-// slope | lse, delta, ones.
+// slope | lse, delta, ones | scaled queries and scores of few.
 int64_t attention_bwd_scratch(const AttentionParams& p) {
   const int64_t d = padded_features(p.D), dv = padded_features(p.D_v);
   return p.S_k * (d + dv) + kQueries * (2 * (p.D + p.D_v) + p.D + d + dv) + 3 * kQueries * kKeys +
-         3 * kQueries + 8 * kStrip;
+         3 * kQueries + kDecodeQueries * d + kDecodeKeys + 8 * kStrip;
 }
 
 struct BackwardMemory {
-  float *dk, *dv, *q_lanes, *do_lanes, *dq, *q_rows, *do_rows, *p, *ds, *slope, *lse, *delta, *ones;
+  float *dk, *dv, *q_lanes, *do_lanes, *dq, *q_rows, *do_rows, *p, *ds, *slope, *lse, *delta, *ones,
+      *few_q, *few_s;
 };
 inline BackwardMemory backward_memory(const AttentionParams& p, float* scratch) {
   const int64_t d = padded_features(p.D), dv = padded_features(p.D_v);
@@ -35,6 +36,8 @@ inline BackwardMemory backward_memory(const AttentionParams& p, float* scratch) 
   m.lse = take(kQueries);
   m.delta = take(kQueries);
   m.ones = take(kQueries);
+  m.few_q = take(kDecodeQueries * d);
+  m.few_s = take(kDecodeKeys);
   m.q_lanes = take(kQueries * p.D);
   m.do_lanes = take(kQueries * p.D_v);
   m.dq = take(kQueries * p.D);
@@ -53,6 +56,17 @@ FASTNN_INLINE void copy_rows(const T* x, int64_t row_stride, int64_t rows, int64
         x_i = load_some(x + r * row_stride + i, left < kLanes ? (int)left : kLanes);
       store(out + r * width + i, x_i);
     }
+  }
+}
+
+// Scores s [key][kQueries] of few queries, added up in the order in which attention_decode did: the
+// weights are e^(score - logsumexp), and two ways of adding would differ by more than a rounding.
+inline void few_scores(const AttentionParams& p, const QueryTile& t, const float* k,
+                       int64_t row_stride, int64_t keys, const BackwardMemory& m, float* s) {
+  for (int64_t j = 0; j < keys * kQueries; j += kLanes) store(s + j, zero());
+  for (int64_t r = 0; r < t.rows; ++r) {
+    decode_scores<1>(m.few_q + r * padded_features(p.D), 0, k, row_stride, p.D, keys, m.few_s);
+    for (int64_t j = 0; j < keys; ++j) s[j * kQueries + r] = m.few_s[j];
   }
 }
 
@@ -81,11 +95,18 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
     });
   }
   for (int64_t i = 0; i < p.D * kQueries; i += kLanes) store(m.dq + i, zero());
+  const bool few = p.S_q <= kDecodeQueries;
+  for (int64_t i = 0; few && i < t.rows * d_pad; i += kLanes)
+    store(m.few_q + i, load(m.q_rows + i) * p.scale);
   for (int64_t j0 = t.key_begin; j0 < t.key_end; j0 += kKeys) {
     const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
     const float* const k_rows = k.data + j0 * k.row_stride;
-    product(keys, t.strips, p.D, k_rows, k.row_stride, 1, {m.q_lanes, kStrip, kQueries}, m.p,
-            kQueries, false);
+    if (few) {
+      few_scores(p, t, k_rows, k.row_stride, keys, m, m.p);
+    } else {
+      product(keys, t.strips, p.D, k_rows, k.row_stride, 1, {m.q_lanes, kStrip, kQueries}, m.p,
+              kQueries, false);
+    }
     product(keys, t.strips, p.D_v, v.data + j0 * v.row_stride, v.row_stride, 1,
             {m.do_lanes, kStrip, kQueries}, m.ds, kQueries, false);
     finish_scores(p, t, j0, keys, m.p, m.slope);

@@ -10,7 +10,7 @@ FASTNN_INLINE Vec load_some(const T* p, int count) {
   return count == kLanes ? load(p) : load_first(p, count, 0.f);
 }
 
-// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes. Two
+// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes. Four
 // chains hide the latency; each block starts from zero, so that rounding errors grow with the
 // block's length and not with the row's.
 template <class F>
@@ -18,14 +18,13 @@ FASTNN_INLINE float row_sum(int64_t n, F f) {
   constexpr int64_t kBlock = 64 * kLanes;
   Vec total = zero();
   int64_t i = 0;
-  while (i + 2 * kLanes <= n) {
+  while (i + 4 * kLanes <= n) {
     const int64_t stop = i + kBlock < n ? i + kBlock : n;
-    Vec s[2] = {zero(), zero()};
-    for (; i + 2 * kLanes <= stop; i += 2 * kLanes) {
-      s[0] += f(i, kLanes);
-      s[1] += f(i + kLanes, kLanes);
+    Vec s[4] = {zero(), zero(), zero(), zero()};
+    for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
+      FASTNN_UNROLL for (int k = 0; k < 4; ++k) s[k] += f(i + k * kLanes, kLanes);
     }
-    total += s[0] + s[1];
+    total += (s[0] + s[1]) + (s[2] + s[3]);
   }
   for (; i < n; i += kLanes) {
     const int count = n - i < kLanes ? (int)(n - i) : kLanes;

@@ -6,6 +6,7 @@
 #pragma once
 #include "cpu/kernels/rows.h"
 #include "cpu/simd/math.h"
+#include "cpu/simd/stream.h"
 #include "params/softmax.h"
 
 namespace fastnn {
@@ -49,36 +50,39 @@ FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
 }
 
 // y[i] = f(x[i]) over a row.
-template <class TX, class TY, class F>
+template <bool kStream, class TX, class TY, class F>
 FASTNN_INLINE void row_map(const TX* x, TY* y, int64_t n, F f) {
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const Vec a = f(load(x + i)), b = f(load(x + i + kLanes));
-    store(y + i, a);
-    store(y + i + kLanes, b);
+    put<kStream>(y + i, a);
+    put<kStream>(y + i + kLanes, b);
   }
-  for (; i + kLanes <= n; i += kLanes) store(y + i, f(load(x + i)));
+  for (; i + kLanes <= n; i += kLanes) put<kStream>(y + i, f(load(x + i)));
   if (i < n) store_first(y + i, f(load_first(x + i, (int)(n - i), 0.f)), (int)(n - i));
 }
 
-template <class TX, class TY>
+template <bool kStream, class TX, class TY>
 FASTNN_INLINE void softmax_row(const TX* x, TY* y, int64_t n, bool log, float* scratch) {
   const float m = row_max(x, n);
   const Vec top = splat(m);
   if (log) {
     // (x - m) - log(sum), not x - (m + log(sum)): the latter loses what distinguishes large inputs.
     const Vec shift = fastnn::log(splat(row_exp_sum<false>(x, m, scratch, n)));
-    row_map(x, y, n, [=](Vec v) __attribute__((always_inline)) { return (v - top) - shift; });
-  } else if (sizeof(TY) == 4) {
+    row_map<kStream>(x, y, n,
+                     [=](Vec v) __attribute__((always_inline)) { return (v - top) - shift; });
+  } else if (sizeof(TY) == 4 && !kStream) {
     float* const kept = reinterpret_cast<float*>(y);
     const Vec scale = splat(1.f / row_exp_sum<true>(x, m, kept, n));
-    row_map(kept, kept, n, [=](Vec e) __attribute__((always_inline)) { return e * scale; });
+    row_map<false>(kept, kept, n, [=](Vec e) __attribute__((always_inline)) { return e * scale; });
   } else if (n <= kMaxBufferedCols) {
     const Vec scale = splat(1.f / row_exp_sum<true>(x, m, scratch, n));
-    row_map(scratch, y, n, [=](Vec e) __attribute__((always_inline)) { return e * scale; });
+    row_map<kStream>(scratch, y, n,
+                     [=](Vec e) __attribute__((always_inline)) { return e * scale; });
   } else {
     const Vec scale = splat(1.f / row_exp_sum<false>(x, m, scratch, n));
-    row_map(x, y, n, [=](Vec v) __attribute__((always_inline)) { return exp(v - top) * scale; });
+    row_map<kStream>(x, y, n,
+                     [=](Vec v) __attribute__((always_inline)) { return exp(v - top) * scale; });
   }
 }
 
@@ -147,8 +151,12 @@ void softmax_fwd_typed(const SoftmaxParams& p, int64_t begin, int64_t end, float
   const TX* const x = static_cast<const TX*>(p.x);
   TY* const y = static_cast<TY*>(p.y);
   if (p.inner == 1) {
-    for (int64_t r = begin; r < end; ++r)
-      softmax_row(x + r * p.x_row_stride, y + r * p.cols, p.cols, p.log, scratch);
+    with_stream(p.stream, [&](auto stream) __attribute__((always_inline)) {
+      for (int64_t r = begin; r < end; ++r) {
+        softmax_row<decltype(stream)::value>(x + r * p.x_row_stride, y + r * p.cols, p.cols, p.log,
+                                             scratch);
+      }
+    });
     return;
   }
   for (int64_t item = begin; item < end; ++item) {
@@ -182,19 +190,35 @@ FASTNN_INLINE Vec softmax_slope(Vec dy, Vec y, Vec sum, bool log) {
   return log ? dy - exp(y) * sum : (dy - sum) * y;
 }
 
-template <class TY, class TX>
-FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n, bool log) {
+// Rows of the result up to this length are fetched for writing during the first pass, which waits
+// for memory anyway: 1.1 (float32) and 1.2 times (bfloat16) as fast where they come from memory.
+constexpr int64_t kFetchedBytes = 256 << 10;
+
+template <bool kStream, bool kLog, class TY, class TX>
+FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n) {
+  const bool fetch = !kStream && n * (int64_t)sizeof(TX) <= kFetchedBytes;
   const Vec sum = splat(row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
+    if (fetch) __builtin_prefetch(dx + i, 1, 2);
     const Vec g = load_some(dy + i, count);
-    return log ? g : g * load_some(y + i, count);
+    return kLog ? g : g * load_some(y + i, count);
   }));
+  auto slope = [=](Vec g, Vec w)
+                   __attribute__((always_inline)) { return softmax_slope(g, w, sum, kLog); };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    store(dx + i, softmax_slope(load(dy + i), load(y + i), sum, log));
-  if (i < n) {
-    const int left = (int)(n - i);
-    const Vec g = load_first(dy + i, left, 0.f), w = load_first(y + i, left, 0.f);
-    store_first(dx + i, softmax_slope(g, w, sum, log), left);
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Vec a = slope(load(dy + i), load(y + i));
+    const Vec b = slope(load(dy + i + kLanes), load(y + i + kLanes));
+    put<kStream>(dx + i, a);
+    put<kStream>(dx + i + kLanes, b);
+  }
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? (int)(n - i) : kLanes;
+    const Vec v = slope(load_some(dy + i, left), load_some(y + i, left));
+    if (left == kLanes) {
+      put<kStream>(dx + i, v);
+    } else {
+      store_first(dx + i, v, left);
+    }
   }
 }
 
@@ -223,9 +247,15 @@ void softmax_bwd_typed(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
   const TY* const y = static_cast<const TY*>(p.y);
   TX* const dx = static_cast<TX*>(p.dx);
   if (p.inner == 1) {
-    for (int64_t r = begin; r < end; ++r) {
-      softmax_bwd_row(dy + r * p.dy_row_stride, y + r * p.cols, dx + r * p.cols, p.cols, p.log);
-    }
+    auto rows = [&](auto stream, auto log) __attribute__((always_inline)) {
+      for (int64_t r = begin; r < end; ++r) {
+        softmax_bwd_row<decltype(stream)::value, decltype(log)::value>(
+            dy + r * p.dy_row_stride, y + r * p.cols, dx + r * p.cols, p.cols);
+      }
+    };
+    with_stream(p.stream, [&](auto stream) __attribute__((always_inline)) {
+      p.log ? rows(stream, std::true_type{}) : rows(stream, std::false_type{});
+    });
     return;
   }
   for (int64_t item = begin; item < end; ++item) {

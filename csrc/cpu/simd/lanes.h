@@ -81,5 +81,17 @@ FASTNN_INLINE void transpose(Vec (&r)[kLanes]) {
   }
 }
 
+// Lane i of the result: the sum of r[i]'s lanes. Each round adds halves of vectors while
+// interleaving two, 2 (kLanes - 1) shuffles in all. Uses r up.
+FASTNN_INLINE Vec sum_each(Vec (&r)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  FASTNN_UNROLL for (int n = kLanes / 2; n > 0; n /= 2) {
+    FASTNN_UNROLL for (int i = 0; i < n; ++i) {
+      r[i] = interleave_low(r[i], r[i + n], lanes) + interleave_high(r[i], r[i + n], lanes);
+    }
+  }
+  return r[0];
+}
+
 }  // namespace
 }  // namespace fastnn

@@ -1,5 +1,7 @@
 // Stores that bypass the caches, and the int8 dot: instructions beside vec.h's vector interface.
 #pragma once
+#include <type_traits>
+
 #include "cpu/simd/vec.h"
 
 namespace fastnn {
@@ -18,10 +20,40 @@ FASTNN_INLINE void stream_store(float* p, Vec v) {
   store(p, v);
 #endif
 }
+template <class T>
+FASTNN_INLINE void stream_store(T* p, Vec v) {
+  const Half16 h = narrow(v, T{});
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)h);
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)h);
+#else
+  std::memcpy(p, &h, sizeof h);
+#endif
+}
 FASTNN_INLINE void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
+}
+
+// One name for both kinds of store, and the choice between them at the start of a loop.
+template <bool kStream, class T>
+FASTNN_INLINE void put(T* p, Vec v) {
+  if constexpr (kStream) {
+    stream_store(p, v);
+  } else {
+    store(p, v);
+  }
+}
+template <class F>
+FASTNN_INLINE void with_stream(bool stream, F f) {
+  if (stream) {
+    f(std::true_type{});
+    stream_fence();
+  } else {
+    f(std::false_type{});
+  }
 }
 
 #if defined(__AVX512VNNI__)

@@ -1,0 +1,293 @@
+// Attention of a few queries on many keys: decoding. The queries that share a key head (its group's
+// heads, and the positions of each) are the rows of one item, and share every load of K and V;
+// features lie in lanes, since queries would leave most of them empty. K and V are read once, in
+// address order, in their own type. The keys may be split into parts, each with its own maximum,
+// sum and output, merged by attention_decode_merge: where they are split depends on the sizes
+// alone, so that the bits do not depend on the number of threads.
+#pragma once
+#include "cpu/kernels/attention.h"
+
+namespace fastnn {
+namespace {
+
+constexpr int64_t kDecodeQueries = 8;  // positions per head; from here on the tile is quicker
+// Keys of a block: long runs of K, then of V, keep the hardware's prefetching streams alive.
+constexpr int64_t kDecodeKeys = 256;
+constexpr int kDecodeRows = 8;  // that share a load at most
+
+int64_t attention_decode_rows(const AttentionParams& p) {
+  return p.S_q <= kDecodeQueries ? p.H / p.H_kv * p.S_q : 0;
+}
+// Of one row of one part: its output, maximum and sum.
+int64_t attention_decode_floats(const AttentionParams& p) {
+  return padded_features(p.D_v) + kStrip;
+}
+int64_t attention_decode_scratch(const AttentionParams& p) {
+  return kDecodeRows * (padded_features(p.D) + kDecodeKeys + kLanes);
+}
+
+// A row's head and position.
+struct DecodeRow {
+  int64_t head, query;
+};
+inline DecodeRow decode_row(const AttentionParams& p, int64_t kv_head, int64_t row) {
+  return {kv_head * (p.H / p.H_kv) + row / p.S_q, row % p.S_q};
+}
+
+// Scores s [row][kDecodeKeys] of keys [j0, j0 + keys): keys in the lanes, kLanes / kRows keys at
+// once.
+template <int kRows, class T>
+FASTNN_INLINE void decode_scores(const float* q, int64_t q_stride, const T* k, int64_t row_stride,
+                                 int64_t d, int64_t keys, float* s) {
+  constexpr int kGroup = kLanes >= kRows ? kLanes / kRows : 1;
+  // Arithmetic and loads compete where rows share a load: fetch ahead, into L2.
+  constexpr int64_t kAhead = kRows >= 4 ? 32768 / (int64_t)sizeof(T) : 0;
+  const int64_t whole = d / kLanes * kLanes;
+  for (int64_t j = 0; j < keys; j += kGroup) {
+    Vec sums[kRows * kGroup];
+    FASTNN_UNROLL for (int i = 0; i < kGroup; ++i) {
+      const T* const row = k + (j + i < keys ? j + i : keys - 1) * row_stride;
+      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) sums[g * kGroup + i] = zero();
+      for (int64_t f = 0; f < whole; f += kLanes) {
+        const Vec x = load(row + f);
+        FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
+          sums[g * kGroup + i] = fma(x, load(q + g * q_stride + f), sums[g * kGroup + i]);
+        }
+      }
+      if (whole < d) {
+        const Vec x = load_first(row + whole, (int)(d - whole), 0.f);
+        FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
+          sums[g * kGroup + i] = fma(x, load(q + g * q_stride + whole), sums[g * kGroup + i]);
+        }
+      }
+      if constexpr (kAhead > 0) {
+        for (int64_t f = 0; f < d; f += 64 / (int64_t)sizeof(T))
+          __builtin_prefetch(row + kAhead + f, 0, 2);
+      }
+    }
+    if constexpr (kRows * kGroup == kLanes) {
+      const Vec total = sum_each(sums);
+      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
+        std::memcpy(s + g * kDecodeKeys + j, reinterpret_cast<const float*>(&total) + g * kGroup,
+                    kGroup * 4);
+      }
+    } else {
+      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) s[g * kDecodeKeys + j] = sum_lanes(sums[g]);
+    }
+  }
+}
+
+// o [row][o_stride] += weights [row][kDecodeKeys] times V, for kVecs vectors of features from f on;
+// the last one holds `count` of them.
+template <int kRows, int kVecs, class T>
+FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_stride, int64_t keys,
+                                 int count, float* o, int64_t o_stride) {
+  Vec sums[kRows][kVecs];
+  FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
+    FASTNN_UNROLL for (int i = 0; i < kVecs; ++i) sums[g][i] = load(o + g * o_stride + i * kLanes);
+  }
+  auto add = [&](int64_t j, auto last) __attribute__((always_inline)) {
+    FASTNN_UNROLL for (int i = 0; i < kVecs; ++i) {
+      const T* const at = v + j * row_stride + i * kLanes;
+      const Vec x = i == kVecs - 1 ? last(at) : load(at);
+      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
+        sums[g][i] = fma(x, splat(weights[g * kDecodeKeys + j]), sums[g][i]);
+      }
+    }
+  };
+  if (count == kLanes) {
+    for (int64_t j = 0; j < keys; ++j)
+      add(j, [](const T* at) __attribute__((always_inline)) { return load(at); });
+  } else {
+    for (int64_t j = 0; j < keys; ++j)
+      add(j,
+          [=](const T* at) __attribute__((always_inline)) { return load_first(at, count, 0.f); });
+  }
+  FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
+    FASTNN_UNROLL for (int i = 0; i < kVecs; ++i) store(o + g * o_stride + i * kLanes, sums[g][i]);
+  }
+}
+
+template <int kRows, int kVecs, class T>
+FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_stride,
+                                  int64_t keys, int64_t d, float* o, int64_t o_stride) {
+  int64_t f = 0;
+  for (; d - f >= kVecs * kLanes; f += kVecs * kLanes) {
+    decode_output<kRows, kVecs>(weights, v + f, row_stride, keys, kLanes, o + f, o_stride);
+  }
+  if (f == d) return;
+  if constexpr (kVecs > 1) {
+    decode_outputs<kRows, kVecs / 2>(weights, v + f, row_stride, keys, d - f, o + f, o_stride);
+  } else {
+    decode_output<kRows, 1>(weights, v + f, row_stride, keys, (int)(d - f), o + f, o_stride);
+  }
+}
+
+// The scores of one row, keys next to each other, become capped, masked scores.
+inline void finish_row(const AttentionParams& p, int64_t b, DecodeRow row, int64_t j0, int64_t keys,
+                       float* s) {
+  if (p.softcap != 0.f) {
+    for (int64_t j = 0; j < keys; j += kLanes)
+      store(s + j, tanh(load(s + j) * (1.f / p.softcap)) * p.softcap);
+  }
+  if (p.mask_kind != MaskKind::kNone) {
+    const int64_t stride = p.mask_strides[3];
+    const int64_t first = b * p.mask_strides[0] + row.head * p.mask_strides[1] +
+                          row.query * p.mask_strides[2] + j0 * stride;
+    if (p.mask_kind == MaskKind::kBool) {
+      const uint8_t* const m = static_cast<const uint8_t*>(p.mask) + first;
+      for (int64_t j = 0; j < keys; ++j) s[j] += m[j * stride] ? 0.f : -__builtin_inff();
+    } else {
+      with_type(p.mask_dtype, [&](auto type) {
+        const auto* const m = static_cast<const decltype(type)*>(p.mask) + first;
+        for (int64_t j = 0; j < keys; ++j) s[j] += to_float(m[j * stride]);
+      });
+    }
+  }
+  const int64_t from = p.window_left >= 0 ? row.query - p.window_left - j0 : 0;
+  const int64_t to = p.window_right >= 0 ? row.query + p.window_right + 1 - j0 : keys;
+  for (int64_t j = 0; j < from && j < keys; ++j) s[j] = -__builtin_inff();
+  for (int64_t j = to < 0 ? 0 : to; j < keys; ++j) s[j] = -__builtin_inff();
+}
+
+// Scores become weights e^(s - max), up to a multiple of kLanes keys, and are added to the row's
+// sum. Returns what the output so far is to be multiplied by.
+FASTNN_INLINE float decode_weights(float* s, int64_t keys, float* row_max, float* sum) {
+  for (int64_t j = keys; j % kLanes != 0; ++j) s[j] = -__builtin_inff();
+  const Vec before = splat(*row_max);
+  Vec m[2] = {before, before};
+  for (int64_t j = 0; j < keys; j += kLanes)
+    m[j / kLanes & 1] = max(load(s + j), m[j / kLanes & 1]);
+  // max_lanes may drop NaN, which the sum then keeps: every weight of a NaN score is NaN.
+  const float after = max_lanes(max(m[0], m[1]));
+  const float top = after == -__builtin_inff() ? 0.f : after;
+  Vec total = zero();
+  for (int64_t j = 0; j < keys; j += kLanes) {
+    const Vec e = exp(load(s + j) - splat(top));
+    store(s + j, e);
+    total += e;
+  }
+  const float correction = exp(splat(*row_max - top))[0];
+  *sum = *sum * correction + sum_lanes(total);
+  *row_max = after;
+  return correction;
+}
+
+// Rows [row, row + kRows) of (b, kv_head) on keys [begin, end): out is kRows times
+// attention_decode_floats: output, maximum, sum.
+template <int kRows, class T>
+FASTNN_INLINE void decode_rows(const AttentionParams& p, int64_t b, int64_t kv_head, int64_t row,
+                               int64_t begin, int64_t end, float* out, float* scratch) {
+  const int64_t stride = attention_decode_floats(p), q_stride = padded_features(p.D);
+  float* const q = scratch;
+  float* const s = q + kRows * q_stride;
+  DecodeRow rows[kRows];
+  int64_t last = 0, first = p.S_q;
+  for (int g = 0; g < kRows; ++g) {
+    rows[g] = decode_row(p, kv_head, row + g);
+    first = rows[g].query < first ? rows[g].query : first;
+    last = rows[g].query > last ? rows[g].query : last;
+    const T* const x = head_data<T>(p.q, b, rows[g].head) + rows[g].query * p.q.row_stride;
+    for (int64_t f = 0; f < q_stride; f += kLanes) {
+      const int64_t left = p.D - f;
+      store(q + g * q_stride + f,
+            left > 0 ? load_some(x + f, left < kLanes ? (int)left : kLanes) * p.scale : zero());
+    }
+    float* const o = out + g * stride;
+    for (int64_t f = 0; f < stride; f += kLanes) store(o + f, zero());
+    o[stride - kStrip] = -__builtin_inff();
+  }
+  // What none of the rows sees need not be read.
+  if (p.window_left >= 0 && first - p.window_left > begin) begin = first - p.window_left;
+  if (p.window_right >= 0 && last + p.window_right + 1 < end) end = last + p.window_right + 1;
+  const T* const k = head_data<T>(p.k, b, kv_head);
+  const T* const v = head_data<T>(p.v, b, kv_head);
+  constexpr int kVecs = (kLanes == 16 ? 16 : 8) / kRows;
+  for (int64_t j0 = begin; j0 < end; j0 += kDecodeKeys) {
+    const int64_t keys = end - j0 < kDecodeKeys ? end - j0 : kDecodeKeys;
+    decode_scores<kRows>(q, q_stride, k + j0 * p.k.row_stride, p.k.row_stride, p.D, keys, s);
+    for (int g = 0; g < kRows; ++g) {
+      float* const o = out + g * stride;
+      float* const row_scores = s + g * kDecodeKeys;
+      finish_row(p, b, rows[g], j0, keys, row_scores);
+      float* const row_max = o + stride - kStrip;
+      const float correction = decode_weights(row_scores, keys, row_max, row_max + 1);
+      if (correction != 1.f) {
+        for (int64_t f = 0; f < padded_features(p.D_v); f += kLanes)
+          store(o + f, load(o + f) * correction);
+      }
+      if (p.dropout > 0.f) drop_query(p, b, rows[g].head, rows[g].query, j0, keys, row_scores, 1);
+    }
+    decode_outputs<kRows, (kVecs > 8 ? 8 : kVecs)>(s, v + j0 * p.v.row_stride, p.v.row_stride, keys,
+                                                   p.D_v, out, stride);
+  }
+}
+
+// Keys [begin, end) of item (batch entry, key head): all its rows.
+void attention_decode(const AttentionParams& p, int64_t item, int64_t begin, int64_t end,
+                      float* out, float* scratch) {
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t b = item / p.H_kv, kv_head = item % p.H_kv;
+    const int64_t rows = attention_decode_rows(p), floats = attention_decode_floats(p);
+    for (int64_t row = 0; row < rows;) {
+      const int64_t left = rows - row;
+      float* const at = out + row * floats;
+      if (left >= 8) {
+        decode_rows<8, T>(p, b, kv_head, row, begin, end, at, scratch);
+        row += 8;
+      } else if (left >= 4) {
+        decode_rows<4, T>(p, b, kv_head, row, begin, end, at, scratch);
+        row += 4;
+      } else if (left >= 2) {
+        decode_rows<2, T>(p, b, kv_head, row, begin, end, at, scratch);
+        row += 2;
+      } else {
+        decode_rows<1, T>(p, b, kv_head, row, begin, end, at, scratch);
+        row += 1;
+      }
+    }
+  });
+}
+
+// The parts of an item, each rows x attention_decode_floats and next to each other, to the output.
+// The first one is used up.
+void attention_decode_merge(const AttentionFwdParams& f, int64_t item, int64_t parts,
+                            float* partial) {
+  const AttentionParams& p = f.a;
+  const int64_t rows = attention_decode_rows(p), floats = attention_decode_floats(p);
+  const int64_t features = padded_features(p.D_v);
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t b = item / p.H_kv, kv_head = item % p.H_kv;
+    for (int64_t row = 0; row < rows; ++row) {
+      float* const o = partial + row * floats;
+      float max = o[features], sum = o[features + 1];
+      for (int64_t part = 1; part < parts; ++part) {
+        const float* const other = partial + (part * rows + row) * floats;
+        const float other_max = other[features];
+        const float after = other_max > max ? other_max : max;
+        const float top = after == -__builtin_inff() ? 0.f : after;
+        const float mine = exp(splat(max - top))[0], theirs = exp(splat(other_max - top))[0];
+        for (int64_t i = 0; i < features; i += kLanes)
+          store(o + i, fma(load(other + i), splat(theirs), load(o + i) * mine));
+        sum = sum * mine + other[features + 1] * theirs;
+        max = after;
+      }
+      const DecodeRow r = decode_row(p, kv_head, row);
+      const bool none = sum == 0.f;
+      const float factor = none ? 0.f : 1.f / sum;
+      T* const out = static_cast<T*>(f.out) + b * f.out_batch_stride + r.head * f.out_head_stride +
+                     r.query * f.out_row_stride;
+      for (int64_t i = 0; i < p.D_v; i += kLanes)
+        store_some(out + i, load(o + i) * factor, p.D_v - i < kLanes ? (int)(p.D_v - i) : kLanes);
+      if (f.lse != nullptr) {
+        f.lse[(b * p.H + r.head) * p.S_q + r.query] =
+            none ? __builtin_inff() : max + log(splat(sum))[0];
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastnn
