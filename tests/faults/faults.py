@@ -473,13 +473,27 @@ ATTENTION_FAULTS = [
         ATTENTION,
         "select(after == splat(-__builtin_inff()), zero(), after);",
         "after;",
-        ("tests/test_ops_attention.py::test_query_that_sees_nothing",),
+        ("tests/test_ops_attention.py::test_query_that_sees_nothing[60-{isa}]",),
     ),
     Fault(
         "attention: a mask of one row per batch entry is read at the first entry's",
         ATTENTION,
         "t.b * p.mask_strides[0] + t.head * p.mask_strides[1];",
         "t.head * p.mask_strides[1];",
+        cell("attention-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "decoding: the output is not rescaled when the maximum rises",
+        "csrc/cpu/kernels/attention_decode.h",
+        "if (correction != 1.f) {",
+        "if (correction > 1.f) {",
+        cell("attention-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "decoding: the parts of the keys are merged as if they had one maximum",
+        "csrc/cpu/kernels/attention_decode.h",
+        "sum = sum * mine + other[features + 1] * theirs;",
+        "sum = sum + other[features + 1];",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(

@@ -283,10 +283,10 @@ def plant_one(copies: Queue[Copy], fault: Fault) -> Result:
 def control(copies: list[Copy], faults: list[Fault]) -> None:
     """Everything that will have to fail passes without a fault."""
     tests = sorted({test.format(isa=copies[0].base.isa) for fault in faults for test in fault.caught_by})
-    shares = [tests[i :: len(copies)] for i in range(len(copies))]
+    shares = [tests[i :: len(copies)] for i in range(min(len(copies), len(tests)))]  # pytest of nothing runs all
     with ThreadPoolExecutor(len(copies)) as pool:
-        for status, output in pool.map(lambda pair: pair[0].test(pair[1]), zip(copies, shares, strict=True)):
-            if status not in (0, 5) or (status == 5 and len(tests) >= len(copies)):
+        for status, output in pool.map(lambda pair: pair[0].test(pair[1]), zip(copies, shares, strict=False)):
+            if status != 0:
                 raise PlantError(f"the unchanged tree fails what must catch the faults:\n{output[-4000:]}")
 
 

@@ -252,6 +252,14 @@ def _option_cases() -> Iterator[Case]:
     yield _case("dropout", here, far, _Call(dropout=0.3))
     everything = _Call(dropout=0.2, softcap=3.0, window=(40, 30), scale=0.4)
     yield _case("everything", here, _Shape(50, 100, h=4, hk=2, mask="blocked"), everything)
+    # Few queries, which decoding takes: more than one block of keys; keys in parts.
+    yield _case("few", here, _Shape(3, 300, h=6, hk=2))
+    yield _case("few_bool", here, _Shape(3, 300, mask="bool"))
+    yield _case("few_blocked_keys", here, _Shape(3, 300, mask="blocked", mask_shape=(2, 1, 1, 300)))
+    yield _case("few_window", here, _Shape(8, 30), _Call(window=(9, 12)))
+    few = _Call(dropout=0.2, softcap=3.0, window=(-1, 270), scale=0.4)
+    yield _case("few_everything", here, _Shape(3, 300, h=6, hk=2, mask="blocked"), few)
+    yield _case("few_in_parts", here, _Shape(2, 1100, d=8, b=1))
 
 
 def _matrix_cases() -> Iterator[Case]:
