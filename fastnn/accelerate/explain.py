@@ -72,7 +72,7 @@ def _limit(line: _Line) -> str:
 
 
 COLUMNS: tuple[Column, ...] = (
-    Column("module", lambda line: shortened(line.name, 36), style="cyan"),
+    Column("module", lambda line: shortened(line.name, 36), style="cyan", wraps=True),
     Column("class", lambda line: line.part.kind),
     Column("ms", lambda line: f"{line.ms:.2f}", "right"),
     Column("time", lambda line: f"{100 * line.share:.1f} %", "right", "bold"),

@@ -87,12 +87,12 @@ class _Group:
 
 
 _DONE = (
-    Column("layer", lambda g: g.layer, style="cyan"),
+    Column("layer", lambda g: g.layer, style="cyan", wraps=True),
     Column("runs as", lambda g: g.general(g.entry.became)),
     Column("kernel", lambda g: g.entry.kernel, style="green"),
 )
 _SKIPPED = (
-    Column("layer", lambda g: g.layer, style="cyan"),
+    Column("layer", lambda g: g.layer, style="cyan", wraps=True),
     Column("class", lambda g: g.entry.was),
     Column("left alone because", lambda g: g.general(g.entry.reason), style="yellow", wraps=True),
 )

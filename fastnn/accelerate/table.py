@@ -69,7 +69,15 @@ def rich_table(title: str, columns: Sequence[Column], rows: Sequence[Any], foote
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, caption=footer or None, box=box.SIMPLE_HEAD)
+    # As tight as can be: tables have to fit 80 columns.
+    table = Table(
+        title=title,
+        caption=footer or None,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.title_justify = table.caption_justify = "left"
     table.title_style, table.caption_style = "bold", "dim"
     used = _used(columns, rows)
@@ -79,7 +87,7 @@ def rich_table(title: str, columns: Sequence[Column], rows: Sequence[Any], foote
             justify=column.justify,
             style=column.style,
             no_wrap=not column.wraps,
-            min_width=20 if column.wraps else None,
+            min_width=14 if column.wraps else None,
             overflow="fold",
         )
     for row in rows:

@@ -21,7 +21,7 @@ from ..info import machine_line
 from .encoder import Encoder, load
 from .measure import Comparison, compare
 from .sentences import CANDIDATES, QUERIES
-from .train import Training, train_classifier, train_gpt
+from .train import Run, Training, train_classifier, train_gpt
 
 COSINE_LIMIT = 1e-5
 """The largest cosine distance between an embedding before and after."""
@@ -173,7 +173,7 @@ def _times(timings: list[Timing]) -> Any:
         Column("fastnn", lambda t: f"{t.found.after_ms:.2f} ms", "right"),
         Column("faster by", lambda t: f"{t.found.ratio:.2f}x", "right", "bold green"),
         Column("interval", lambda t: f"{t.found.low:.2f} to {t.found.high:.2f}", "right"),
-        Column("target", lambda t: f"{t.target:.2f}x {t.verdict}"),
+        Column("target", lambda t: f"{t.target:.2f}x {t.verdict}", wraps=True),
     )
     return rich_table("Latency, float32", columns, timings, timings[0].found.method)
 
@@ -189,7 +189,8 @@ def _trainings(text: Path | None, console: Console) -> list[Training | str]:
 
         found = [train_classifier(advance(bars[0])), train_gpt(text, advance(bars[1]))]
     done = [t for t in found if not isinstance(t, str)]
-    console.print(rich_table("Training, float32, the same start and batches", _TRAINING_COLUMNS, done))
+    rows = [_TrainingRow(training, ours) for training in done for ours in (False, True)]
+    console.print(rich_table("Training, float32, the same start and batches", _TRAINING_COLUMNS, rows))
     for reason in found:
         if isinstance(reason, str):
             console.print(f"[yellow]Not trained:[/] {reason}")
@@ -197,20 +198,26 @@ def _trainings(text: Path | None, console: Console) -> list[Training | str]:
 
 
 _TRAINING_COLUMNS = (
-    Column("model", lambda t: t.name),
-    Column("data", lambda t: t.data, wraps=True),
-    Column("steps", lambda t: str(t.steps), "right"),
-    Column("torch", lambda t: f"{t.torch.median_ms:.2f} ms", "right"),
-    Column("fastnn", lambda t: f"{t.fastnn.median_ms:.2f} ms", "right"),
-    Column("faster by", lambda t: f"{t.ratio:.2f}x", "right", "bold green"),
-    Column("last loss", lambda t: f"{t.torch.losses[-1]:.4f} / {t.fastnn.losses[-1]:.4f}", "right"),
-    Column("accuracy", lambda t: _accuracies(t), "right"),
+    Column("model and data", lambda row: "" if row.ours else f"{row.of.name}: {row.of.data}", wraps=True),
+    Column("steps", lambda row: "" if row.ours else str(row.of.steps), "right"),
+    Column("by", lambda row: "fastnn" if row.ours else "torch"),
+    Column("a step", lambda row: f"{row.run.median_ms:.2f} ms", "right"),
+    Column("faster by", lambda row: f"{row.of.ratio:.2f}x" if row.ours else "", "right", "bold green"),
+    Column("last loss", lambda row: f"{row.run.losses[-1]:.4f}", "right"),
+    Column("accuracy", lambda row: "" if row.run.accuracy is None else f"{100 * row.run.accuracy:.2f} %", "right"),
 )
 
 
-def _accuracies(training: Training) -> str:
-    both = (training.torch.accuracy, training.fastnn.accuracy)
-    return "" if None in both else " / ".join(f"{100 * a:.2f} %" for a in both if a is not None)
+@dataclass(frozen=True)
+class _TrainingRow:
+    """One way of training one model."""
+
+    of: Training
+    ours: bool
+
+    @property
+    def run(self) -> Run:
+        return self.of.fastnn if self.ours else self.of.torch
 
 
 def _training_problems(trainings: list[Training | str]) -> list[str]:
