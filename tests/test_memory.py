@@ -307,3 +307,21 @@ def test_more_elements_than_32_bits_count(function):
     expected = function(row.expand(200, 64), 1)
     for start in (0, 2**24 - 100, 2**25 - 197):
         assert same_bits(output[start : start + 200], expected)
+
+
+@pytest.mark.parametrize("function", [softmax, log_softmax])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [target for target in testing.targets() if target.isa], ids=str)
+def test_results_written_past_the_caches_have_the_same_bits(target, dtype, function):
+    """A result of 24 MiB is streamed, its first rows by themselves are not."""
+    cols = (24 << 20) // 1024 // dtype.itemsize
+
+    def both_ways(rows):
+        x = torch.randn(1024, cols, generator=torch.Generator().manual_seed(0)).to(dtype)[:rows].requires_grad_()
+        y = function(x, -1)
+        (dx,) = torch.autograd.grad(y, x, torch.linspace(-1, 1, cols).to(dtype).expand_as(y))
+        return y.detach(), dx
+
+    with target.forced():
+        for large, small in zip(both_ways(1024), both_ways(8), strict=True):
+            assert same_bits(large[:8], small)

@@ -49,17 +49,26 @@ FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
   });
 }
 
-// y[i] = f(x[i]) over a row.
-template <bool kStream, class TX, class TY, class F>
-FASTNN_INLINE void row_map(const TX* x, TY* y, int64_t n, F f) {
+// Over a row, y[i ...] = f(i, count), the values of elements [i, i + count) in the first lanes.
+template <bool kStream, class T, class F>
+FASTNN_INLINE void row_map(T* y, int64_t n, F f) {
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec a = f(load(x + i)), b = f(load(x + i + kLanes));
+    const Vec a = f(i, kLanes), b = f(i + kLanes, kLanes);
     put<kStream>(y + i, a);
     put<kStream>(y + i + kLanes, b);
   }
-  for (; i + kLanes <= n; i += kLanes) put<kStream>(y + i, f(load(x + i)));
-  if (i < n) store_first(y + i, f(load_first(x + i, (int)(n - i), 0.f)), (int)(n - i));
+  for (; i + kLanes <= n; i += kLanes) put<kStream>(y + i, f(i, kLanes));
+  if (i < n) store_first(y + i, f(i, (int)(n - i)), (int)(n - i));
+}
+
+// Exponentials that were kept, divided by their sum.
+template <bool kStream, class T>
+FASTNN_INLINE void row_scale(const float* kept, float sum, T* y, int64_t n) {
+  const Vec scale = splat(1.f / sum);
+  row_map<kStream>(y, n, [=](int64_t i, int count) __attribute__((always_inline)) {
+    return load_some(kept + i, count) * scale;
+  });
 }
 
 template <bool kStream, class TX, class TY>
@@ -69,20 +78,21 @@ FASTNN_INLINE void softmax_row(const TX* x, TY* y, int64_t n, bool log, float* s
   if (log) {
     // (x - m) - log(sum), not x - (m + log(sum)): the latter loses what distinguishes large inputs.
     const Vec shift = fastnn::log(splat(row_exp_sum<false>(x, m, scratch, n)));
-    row_map<kStream>(x, y, n,
-                     [=](Vec v) __attribute__((always_inline)) { return (v - top) - shift; });
+    row_map<kStream>(y, n, [=](int64_t i, int count) __attribute__((always_inline)) {
+      const Vec v = load_some(x + i, count);
+      return (v - top) - shift;
+    });
   } else if (sizeof(TY) == 4 && !kStream) {
     float* const kept = reinterpret_cast<float*>(y);
-    const Vec scale = splat(1.f / row_exp_sum<true>(x, m, kept, n));
-    row_map<false>(kept, kept, n, [=](Vec e) __attribute__((always_inline)) { return e * scale; });
+    row_scale<false>(kept, row_exp_sum<true>(x, m, kept, n), kept, n);
   } else if (n <= kMaxBufferedCols) {
-    const Vec scale = splat(1.f / row_exp_sum<true>(x, m, scratch, n));
-    row_map<kStream>(scratch, y, n,
-                     [=](Vec e) __attribute__((always_inline)) { return e * scale; });
+    row_scale<kStream>(scratch, row_exp_sum<true>(x, m, scratch, n), y, n);
   } else {
     const Vec scale = splat(1.f / row_exp_sum<false>(x, m, scratch, n));
-    row_map<kStream>(x, y, n,
-                     [=](Vec v) __attribute__((always_inline)) { return exp(v - top) * scale; });
+    row_map<kStream>(y, n, [=](int64_t i, int count) __attribute__((always_inline)) {
+      const Vec v = load_some(x + i, count);
+      return exp(v - top) * scale;
+    });
   }
 }
 
@@ -202,24 +212,9 @@ FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n)
     const Vec g = load_some(dy + i, count);
     return kLog ? g : g * load_some(y + i, count);
   }));
-  auto slope = [=](Vec g, Vec w)
-                   __attribute__((always_inline)) { return softmax_slope(g, w, sum, kLog); };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec a = slope(load(dy + i), load(y + i));
-    const Vec b = slope(load(dy + i + kLanes), load(y + i + kLanes));
-    put<kStream>(dx + i, a);
-    put<kStream>(dx + i + kLanes, b);
-  }
-  for (; i < n; i += kLanes) {
-    const int left = n - i < kLanes ? (int)(n - i) : kLanes;
-    const Vec v = slope(load_some(dy + i, left), load_some(y + i, left));
-    if (left == kLanes) {
-      put<kStream>(dx + i, v);
-    } else {
-      store_first(dx + i, v, left);
-    }
-  }
+  row_map<kStream>(dx, n, [=](int64_t i, int count) __attribute__((always_inline)) {
+    return softmax_slope(load_some(dy + i, count), load_some(y + i, count), sum, kLog);
+  });
 }
 
 template <int V, class TY, class TX>
