@@ -98,7 +98,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of fastnn.";
   fastnn::plug_in_threads();
   fastnn::set_poison(environment_flag("FASTNN_POISON"));
-  fastnn::set_isa("");
   m.def("isa", [] { return fastnn::kernels().isa; }, "Instruction set in force.");
   m.def("isa_compiled", &fastnn::isa_compiled, "Instruction sets compiled in, in rising order.");
   m.def("isa_supported", &fastnn::isa_supported, "Those of them that this CPU runs.");

@@ -95,7 +95,7 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
     });
   }
   for (int64_t i = 0; i < p.D * kQueries; i += kLanes) store(m.dq + i, zero());
-  const bool few = p.S_q <= kDecodeQueries;
+  const bool few = is_decoding(p);
   for (int64_t i = 0; few && i < t.rows * d_pad; i += kLanes)
     store(m.few_q + i, load(m.q_rows + i) * p.scale);
   for (int64_t j0 = t.key_begin; j0 < t.key_end; j0 += kKeys) {

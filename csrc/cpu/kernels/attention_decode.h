@@ -15,8 +15,11 @@ constexpr int64_t kDecodeQueries = 8;  // positions per head; from here on the t
 constexpr int64_t kDecodeKeys = 256;
 constexpr int kDecodeRows = 8;  // that share a load at most
 
+// Forward and backward go by the same answer: backward adds up scores as forward did.
+inline bool is_decoding(const AttentionParams& p) { return p.S_q <= kDecodeQueries; }
+
 int64_t attention_decode_rows(const AttentionParams& p) {
-  return p.S_q <= kDecodeQueries ? p.H / p.H_kv * p.S_q : 0;
+  return is_decoding(p) ? p.H / p.H_kv * p.S_q : 0;
 }
 // Of one row of one part: its output, maximum and sum.
 int64_t attention_decode_floats(const AttentionParams& p) {
@@ -230,23 +233,16 @@ void attention_decode(const AttentionParams& p, int64_t item, int64_t begin, int
     using T = decltype(type);
     const int64_t b = item / p.H_kv, kv_head = item % p.H_kv;
     const int64_t rows = attention_decode_rows(p), floats = attention_decode_floats(p);
-    for (int64_t row = 0; row < rows;) {
-      const int64_t left = rows - row;
-      float* const at = out + row * floats;
-      if (left >= 8) {
-        decode_rows<8, T>(p, b, kv_head, row, begin, end, at, scratch);
-        row += 8;
-      } else if (left >= 4) {
-        decode_rows<4, T>(p, b, kv_head, row, begin, end, at, scratch);
-        row += 4;
-      } else if (left >= 2) {
-        decode_rows<2, T>(p, b, kv_head, row, begin, end, at, scratch);
-        row += 2;
-      } else {
-        decode_rows<1, T>(p, b, kv_head, row, begin, end, at, scratch);
-        row += 1;
-      }
-    }
+    int64_t row = 0;
+    auto take = [&](auto count) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(count)::value;
+      for (; rows - row >= kRows; row += kRows)
+        decode_rows<kRows, T>(p, b, kv_head, row, begin, end, out + row * floats, scratch);
+    };
+    take(std::integral_constant<int, kDecodeRows>{});
+    take(std::integral_constant<int, 4>{});
+    take(std::integral_constant<int, 2>{});
+    take(std::integral_constant<int, 1>{});
   });
 }
 
