@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .cases import DTYPES, Inputs
 
 Direction = Literal["fwd", "bwd", "fb"]
 """Forward, backward alone, or both."""
+_Shape = TypeVar("_Shape")
 
 Results = tuple[Tensor, ...]
 
@@ -141,6 +142,19 @@ class BenchCase:
         if self.direction == "fb":
             return forward_backward(call, self.wanted, inputs)
         return as_results(call(inputs))
+
+
+def public_and_sweep(
+    case: Callable[[Direction, str, _Shape, Bar, bool], BenchCase],
+    public: Mapping[tuple[Direction, str, _Shape], Bar],
+    sweep: Iterable[_Shape],
+) -> tuple[BenchCase, ...]:
+    """The cases of a family whose rows are (direction, dtype, shape): public ones with their bars, and a sweep."""
+    directions: tuple[Direction, ...] = ("fwd", "fb")
+    found = [case(direction, dtype, shape, bar, False) for (direction, dtype, shape), bar in public.items()]
+    every = [(shape, dtype, direction) for shape in sweep for dtype in ("fp32", "bf16") for direction in directions]
+    found += [case(direction, dtype, shape, Bar(), True) for shape, dtype, direction in every]
+    return tuple(found)
 
 
 @cache

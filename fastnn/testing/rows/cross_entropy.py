@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.cross_entropy import cross_entropy
-from ..bench_cases import Bar, BenchCase, Direction, Ours, Results, Work, forward_backward
+from ..bench_cases import Bar, BenchCase, Direction, Ours, Results, Work, forward_backward, public_and_sweep
 from ..cases import DTYPES, Inputs
 
 _PUBLIC: dict[tuple[Direction, str, tuple[int, int]], Bar] = {
@@ -51,7 +51,7 @@ def _prepare(direction: Direction, inputs: Inputs) -> Callable[[], Results]:
     return lambda: (_our_call(inputs),)
 
 
-def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sweep: bool = False) -> BenchCase:
+def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sweep: bool) -> BenchCase:
     logits = shape[0] * shape[1]
     size, passes = DTYPES[dtype].itemsize, 2 if direction == "fb" else 1
     targets = shape[0] * torch.int64.itemsize
@@ -75,14 +75,4 @@ def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sw
     )
 
 
-def _cases() -> Iterator[BenchCase]:
-    for (direction, dtype, shape), bar in _PUBLIC.items():
-        yield _case(direction, dtype, shape, bar)
-    directions: tuple[Direction, ...] = ("fwd", "fb")
-    for shape in _SWEEP:
-        for dtype in ("fp32", "bf16"):
-            for direction in directions:
-                yield _case(direction, dtype, shape, Bar(), sweep=True)
-
-
-CASES: tuple[BenchCase, ...] = tuple(_cases())
+CASES: tuple[BenchCase, ...] = public_and_sweep(_case, _PUBLIC, _SWEEP)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...ops.softmax import softmax, softmax_reference
-from ..bench_cases import EXP_OPERATIONS, Bar, BenchCase, Direction, Node, Ours, Results, Work, forward_backward
+from ..bench_cases import (
+    EXP_OPERATIONS,
+    Bar,
+    BenchCase,
+    Direction,
+    Node,
+    Ours,
+    Results,
+    Work,
+    forward_backward,
+    public_and_sweep,
+)
 from ..cases import DTYPES, Inputs
 
 _PUBLIC: dict[tuple[Direction, str, tuple[int, int]], Bar] = {
@@ -105,7 +116,7 @@ _TENSORS = {"fwd": (1, 1), "bwd": (2, 1), "fb": (3, 2)}
 """Tensors of the input's size that must be read and written."""
 
 
-def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sweep: bool = False) -> BenchCase:
+def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sweep: bool) -> BenchCase:
     elements = shape[0] * shape[1]
     size = elements * DTYPES[dtype].itemsize
     read, written = _TENSORS[direction]
@@ -127,14 +138,4 @@ def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sw
     )
 
 
-def _cases() -> Iterator[BenchCase]:
-    for (direction, dtype, shape), bar in _PUBLIC.items():
-        yield _case(direction, dtype, shape, bar)
-    directions: tuple[Direction, ...] = ("fwd", "fb")
-    for shape in _SWEEP:
-        for dtype in ("fp32", "bf16"):
-            for direction in directions:
-                yield _case(direction, dtype, shape, Bar(), sweep=True)
-
-
-CASES: tuple[BenchCase, ...] = tuple(_cases())
+CASES: tuple[BenchCase, ...] = public_and_sweep(_case, _PUBLIC, _SWEEP)
