@@ -12,7 +12,7 @@ from ..testing.bench_cases import BenchCase, bench_cases, families
 from .allocators import PLAIN, SETTINGS, TUNED
 from .contenders import CONTENDERS, OURS
 from .files import check_writable
-from .limits import Limits, NoLimits, machine_limits
+from .limits import Limits, NoLimits, hasty_limits, machine_limits
 from .machine import OthersLoad, allowed_cpus, bars_hold, commit, describe, idlest_cpus, versions
 from .results import Result, case_to_json, rows_of
 from .session import Entrant, Measured, Session
@@ -20,6 +20,9 @@ from .session import Entrant, Measured, Session
 RETIRED = 1.5
 """A contender that takes so many times as long as the best one after the first visit is out of the race: it keeps the
 times it has and is not run again."""
+
+QUICK_BYTES, QUICK_OPERATIONS = 100e6, 1e9
+"""The most that the row of a quick run moves and computes: its float64 truth takes a dozen times as long."""
 
 
 class BadOptions(ValueError):
@@ -48,7 +51,7 @@ class Options:
     sample_seconds: float = 0.01
     """A sample repeats the call for about so long."""
     quick: bool = False
-    """One row of each family, eager torch and ours, one visit."""
+    """A small row of each family, eager torch and ours, one visit; limits in haste where they are not known."""
     fresh: bool = False
     """Measure the machine's limits even where they are known."""
 
@@ -94,8 +97,16 @@ def plan(options: Options) -> Plan:
         known = ", ".join(dict.fromkeys(case.row for case in chosen if case.sweep == options.sweep))
         raise BadOptions(f"no row contains {options.only!r}; rows: {known}")
     if options.quick:
-        cases = [next(case for case in cases if case.family == one) for one in dict.fromkeys(c.family for c in cases)]
+        named = [case for case in chosen if options.only in case.id]
+        cases = [_quick([c for c in named if c.family == one]) for one in dict.fromkeys(c.family for c in cases)]
     return _plan_contenders(options, cases)
+
+
+def _quick(cases: Sequence[BenchCase]) -> BenchCase:
+    """A family's first public row that is small enough for a first impression, else the largest such of the sweep."""
+    small = [c for c in cases if c.work.bytes <= QUICK_BYTES and c.work.operations <= QUICK_OPERATIONS]
+    public = [case for case in small if not case.sweep]
+    return public[0] if public else max(small or cases, key=lambda case: case.work.bytes)
 
 
 def _check_numbers(options: Options) -> None:
@@ -183,6 +194,8 @@ def run(options: Options, path: Path | None = None, progress: Progress = lambda 
 
 
 def _limits(options: Options) -> Limits | None:
+    if options.quick and not options.fresh:
+        return hasty_limits(options.threads)
     try:
         return machine_limits(fresh=options.fresh, threads=sorted({1, options.threads}))
     except NoLimits:
