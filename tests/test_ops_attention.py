@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -175,6 +176,29 @@ def test_logsumexp_is_not_differentiable():
         with fastnn.use_backend(backend):
             out, lse = attention(*leaves, return_lse=True)
         assert out.requires_grad and not lse.requires_grad
+
+
+@every_target
+def test_windows_that_begin_at_any_key(target):
+    """Even and odd first keys of the second tile of queries, windows of a few keys: no pair of keys is split."""
+    for dtype, left in itertools.product((torch.float32, torch.bfloat16), (0, 1, 2, 13, 20, 47)):
+        leaves = [t.to(dtype).requires_grad_() for t in operands(b=1, sq=100, sk=110)]
+        grad = tensor(1, 2, 100, 8, seed=4).to(dtype)
+        distance = torch.arange(110) - torch.arange(100)[:, None]
+        mask = (distance >= -left) & (distance <= 5)
+
+        def results(call, wide=torch.float64, leaves=leaves, grad=grad):
+            used = [leaf.detach().to(wide).requires_grad_() for leaf in leaves]
+            out = call(*used)
+            return [out, *torch.autograd.grad(out, used, grad.to(wide))]
+
+        with target.forced():
+            ours = results(functools.partial(attention, window=(left, 5)), dtype)
+        torch_call = functools.partial(F.scaled_dot_product_attention, attn_mask=mask)
+        truths, rivals = results(torch_call), results(torch_call, dtype)
+        for name, mine, truth, rival in zip(("output", "q", "k", "v"), ours, truths, rivals, strict=True):
+            factor = policy.FORWARD_FACTOR if name == "output" else policy.GRADIENT_FACTOR
+            assert_within_budget(mine, truth, rival, dtype, factor, where=f"window ({left}, 5) {dtype} {name}")
 
 
 @every_target

@@ -10,19 +10,20 @@
 namespace fastnn {
 namespace {
 
-// Half-precision keys and values as float32, made once per call and shared by all query tiles.
-class Widened {
+// Half-precision keys and values as the products take them, made once per call and shared by all
+// query tiles.
+class Prepared {
  public:
-  Widened(const AttentionParams& p, const KernelTable& table)
-      : key_floats_(table.attention_widened_floats(p)),
-        value_floats_(table.attention_widened_value_floats(p)),
+  Prepared(const AttentionParams& p, const KernelTable& table, bool forward)
+      : key_floats_(table.attention_key_floats(p, forward)),
+        value_floats_(table.attention_value_floats(p, forward)),
         memory_(p.B * p.H_kv * (key_floats_ + value_floats_) * 4),
         k_(static_cast<float*>(memory_.get())),
         v_(k_ + p.B * p.H_kv * key_floats_) {
-    if (key_floats_ == 0) return;
+    if (key_floats_ + value_floats_ == 0) return;
     parallel_for(p.B * p.H_kv, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        table.attention_widen(p, i, k_ + i * key_floats_, v_ + i * value_floats_);
+        table.attention_prepare(p, forward, i, k_ + i * key_floats_, v_ + i * value_floats_);
     });
   }
   const float* k() const { return k_; }
@@ -75,12 +76,12 @@ void attention_fwd(const AttentionFwdParams& p) {
   const int64_t items = table.attention_fwd_items(p.a);
   if (items == 0) return;
   if (table.attention_decode_rows(p.a) > 0) return attention_decode(p, table);
-  const Widened widened(p.a, table);
+  const Prepared prepared(p.a, table, true);
   const int64_t operations = 2 * 48 * std::max<int64_t>(1, p.a.S_k) * (p.a.D + p.a.D_v + 16);
   parallel_for(items, std::max<int64_t>(1, kGrainOperations / operations),
                [&](int64_t begin, int64_t end) {
                  const Scratch scratch(table.attention_fwd_scratch(p.a) * 4);
-                 table.attention_fwd(p, widened.k(), widened.v(), begin, end,
+                 table.attention_fwd(p, prepared.k(), prepared.v(), begin, end,
                                      static_cast<float*>(scratch.get()));
                });
 }
@@ -89,10 +90,10 @@ void attention_bwd(const AttentionBwdParams& p) {
   const KernelTable& table = kernels();
   record_run("attention_bwd", table.isa);
   if (p.a.B * p.a.H_kv == 0) return;
-  const Widened widened(p.a, table);
+  const Prepared prepared(p.a, table, false);
   parallel_for(p.a.B * p.a.H_kv, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(table.attention_bwd_scratch(p.a) * 4);
-    table.attention_bwd(p, widened.k(), widened.v(), begin, end,
+    table.attention_bwd(p, prepared.k(), prepared.v(), begin, end,
                         static_cast<float*>(scratch.get()));
   });
 }

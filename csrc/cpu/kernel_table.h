@@ -24,11 +24,12 @@ struct KernelTable {
   void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
   void (*cross_entropy_bwd)(const CrossEntropyBwdParams& p, int64_t begin, int64_t end);
 
-  // (Batch entry, key head) pairs to float32: attention_widened_floats of each of k and v, 0 where
-  // they are float32 already.
-  int64_t (*attention_widened_floats)(const AttentionParams& p);
-  int64_t (*attention_widened_value_floats)(const AttentionParams& p);
-  void (*attention_widen)(const AttentionParams& p, int64_t item, float* k, float* v);
+  // (Batch entry, key head) pairs as the products take them: attention_key_floats and
+  // attention_value_floats of each, 0 where they are read in place.
+  int64_t (*attention_key_floats)(const AttentionParams& p, bool forward);
+  int64_t (*attention_value_floats)(const AttentionParams& p, bool forward);
+  void (*attention_prepare)(const AttentionParams& p, bool forward, int64_t item, float* k,
+                            float* v);
   // Items [begin, end) of attention_fwd_items; (batch entry, key head) pairs [begin, end).
   int64_t (*attention_fwd_items)(const AttentionParams& p);
   int64_t (*attention_fwd_scratch)(const AttentionParams& p);

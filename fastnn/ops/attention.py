@@ -182,6 +182,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enabl
 def _broadcast(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[torch.Size, tuple[Tensor, ...]]:
     """The batch dimensions, and query, key and value in four dimensions, the batch as one."""
     operands = (query, key, value)
+    heads_agree = enable_gqa or query.shape[1:2] == key.shape[1:2] == value.shape[1:2]
+    if query.dim() == key.dim() == value.dim() == 4 and heads_agree and len({t.shape[0] for t in operands}) == 1:
+        return query.shape[:1], operands  # the usual call: nothing to broadcast, which takes torch a while to find out
     try:
         batch = torch.broadcast_shapes(*(t.shape[:-3] for t in operands))  # type: ignore[no-untyped-call]
         heads = torch.broadcast_shapes(*(t.shape[-3:-2] for t in operands[: 1 if enable_gqa else 3]))  # type: ignore[no-untyped-call]

@@ -51,15 +51,13 @@ FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t co
         store(out + group,
               count == kLanes ? load(row + group) : load_first(row + group, count, 0.f));
       } else {
-        // bfloat16 widened is its bits in the upper half: the even row moves down, the odd row
-        // stays.
         const bool pair = u * 2 + 1 < K;
         const Vec even = count == kLanes ? load(row + group) : load_first(row + group, count, 0.f);
         Vec odd = zero();
         if (pair)
           odd = count == kLanes ? load(row + row_stride + group)
                                 : load_first(row + row_stride + group, count, 0.f);
-        store(out + group, (Vec)(((UVec)even >> 16) | (UVec)odd));
+        store(out + group, interleave_pairs(even, odd));
       }
     }
   }

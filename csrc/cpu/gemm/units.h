@@ -42,6 +42,11 @@ FASTNN_INLINE Vec load_units_first(const T* p, int64_t elements) {
     return v;
   }
 }
+// Units of bfloat16 pairs from two rows that were widened: that leaves a value's bits in the upper
+// half, so the even row moves down and the odd row stays.
+FASTNN_INLINE Vec interleave_pairs(Vec even, Vec odd) {
+  return (Vec)(((UVec)even >> 16) | (UVec)odd);
+}
 // One unit from elements that are `stride` apart; what lies beyond `elements` counts as zero.
 template <class Dot, class T>
 FASTNN_INLINE float gather_unit(const T* p, int64_t stride, int64_t elements) {

@@ -44,46 +44,60 @@ inline BackwardMemory backward_memory(const AttentionParams& p, float* scratch) 
   return m;
 }
 
-// Rows of a head as float32, zero-padded to a strip of features and to kQueries rows.
-template <class T>
+// Rows of a head as the products over queries take them, zero-padded to a strip of features and to
+// kQueries rows: float32, or rows 2 r, 2 r + 1 in pairs.
+template <class Dot, class T>
 FASTNN_INLINE void copy_rows(const T* x, int64_t row_stride, int64_t rows, int64_t d, float* out) {
   const int64_t width = padded_features(d);
-  for (int64_t r = 0; r < kQueries; ++r) {
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const int64_t left = d - i;
-      Vec x_i = zero();
-      if (r < rows && left > 0)
-        x_i = load_some(x + r * row_stride + i, left < kLanes ? (int)left : kLanes);
-      store(out + r * width + i, x_i);
-    }
+  for (int64_t i = 0; i < kQueries / Dot::kPerUnit * width; i += kLanes) store(out + i, zero());
+  if constexpr (Dot::kPerUnit == 2) {
+    pair_rows(x, row_stride, rows, d, out, width);
+  } else {
+    widen_rows(x, row_stride, rows, d, out, width);
+  }
+}
+
+// Rows x [key][kQueries] rounded to bfloat16 in place: neighbouring queries are then pairs.
+inline void round_rows(float* x, int64_t keys, int64_t width) {
+  for (int64_t j = 0; j < keys; ++j, x += kQueries) {
+    auto* const out = reinterpret_cast<BFloat16*>(x);
+    for (int64_t r = 0; r < width; r += kLanes) store(out + r, load(x + r));
   }
 }
 
 // Scores s [key][kQueries] of few queries, added up in the order in which attention_decode did: the
 // weights are e^(score - logsumexp), and two ways of adding would differ by more than a rounding.
-inline void few_scores(const AttentionParams& p, const QueryTile& t, const float* k,
-                       int64_t row_stride, int64_t keys, const BackwardMemory& m, float* s) {
+inline void few_scores(const AttentionParams& p, const QueryTile& t, const RowPanel& k,
+                       int64_t keys, const BackwardMemory& m, float* s) {
   for (int64_t j = 0; j < keys * kQueries; j += kLanes) store(s + j, zero());
   for (int64_t r = 0; r < t.rows; ++r) {
-    decode_scores<1>(m.few_q + r * padded_features(p.D), 0, k, row_stride, p.D, keys, m.few_s);
+    decode_scores<1>(m.few_q + r * padded_features(p.D), 0, reinterpret_cast<const float*>(k.data),
+                     k.row_bytes / 4, p.D, keys, m.few_s);
     for (int64_t j = 0; j < keys; ++j) s[j * kQueries + r] = m.few_s[j];
   }
 }
 
+// The operands of backward's products: keys and values by features, features by keys.
+struct BackwardOperands {
+  RowPanel k, v, k_columns;
+};
+
 // Adds what one tile of queries gives to dk and dv, and writes its dq.
-template <class T>
-FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTile& t, FloatRows k,
-                                      FloatRows v, const BackwardMemory& m) {
+template <class Dot, class T>
+FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTile& t,
+                                      const BackwardOperands& from, const BackwardMemory& m) {
+  constexpr bool kPairs = Dot::kPerUnit == 2;
   const AttentionParams& p = b.a;
   const int64_t width = t.strips * kStrip, d_pad = padded_features(p.D),
                 dv_pad = padded_features(p.D_v);
   const T* const q = head_data<T>(p.q, t.b, t.head) + t.first * p.q.row_stride;
   const T* const out = head_data<T>(b.out, t.b, t.head) + t.first * b.out.row_stride;
   const T* const d_out = head_data<T>(b.d_out, t.b, t.head) + t.first * b.d_out.row_stride;
-  pack_queries(q, p.q.row_stride, t.rows, p.D, p.scale, m.q_lanes);
-  pack_queries(d_out, b.d_out.row_stride, t.rows, p.D_v, 1.f, m.do_lanes);
-  copy_rows(q, p.q.row_stride, t.rows, p.D, m.q_rows);
-  copy_rows(d_out, b.d_out.row_stride, t.rows, p.D_v, m.do_rows);
+  const Strips q_lanes = queries_in_lanes<Dot>(q, p.q.row_stride, t, p.D, p.scale, m.q_lanes);
+  const Strips do_lanes =
+      queries_in_lanes<Dot>(d_out, b.d_out.row_stride, t, p.D_v, 1.f, m.do_lanes);
+  copy_rows<Dot>(q, p.q.row_stride, t.rows, p.D, m.q_rows);
+  copy_rows<Dot>(d_out, b.d_out.row_stride, t.rows, p.D_v, m.do_rows);
   for (int64_t r = 0; r < kQueries; ++r) {
     m.lse[r] = r < t.rows ? b.lse[(t.b * p.H + t.head) * p.S_q + t.first + r] : __builtin_inff();
     m.ones[r] = p.scale;
@@ -98,21 +112,25 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   const bool few = is_decoding(p);
   for (int64_t i = 0; few && i < t.rows * d_pad; i += kLanes)
     store(m.few_q + i, load(m.q_rows + i) * p.scale);
-  for (int64_t j0 = t.key_begin; j0 < t.key_end; j0 += kKeys) {
+  const ScoreScale scale = score_scale<Dot>(p);
+  for (int64_t j0 = first_key<Dot>(t); j0 < t.key_end; j0 += kKeys) {
     const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
-    const float* const k_rows = k.data + j0 * k.row_stride;
     if (few) {
-      few_scores(p, t, k_rows, k.row_stride, keys, m, m.p);
+      few_scores(p, t, from_row(from.k, j0), keys, m, m.p);
     } else {
-      product(keys, t.strips, p.D, k_rows, k.row_stride, 1, {m.q_lanes, kStrip, kQueries}, m.p,
-              kQueries, false);
+      product<Dot>(keys, t.strips, units_of(p.D, Dot::kPerUnit), from_row(from.k, j0), q_lanes, m.p,
+                   kQueries, false);
+      scale_scores(scale.first, keys, width, m.p);
     }
-    product(keys, t.strips, p.D_v, v.data + j0 * v.row_stride, v.row_stride, 1,
-            {m.do_lanes, kStrip, kQueries}, m.ds, kQueries, false);
+    product<Dot>(keys, t.strips, units_of(p.D_v, Dot::kPerUnit), from_row(from.v, j0), do_lanes,
+                 m.ds, kQueries, false);
     finish_scores(p, t, j0, keys, m.p, m.slope);
     for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t r = 0; r < width; r += kLanes)
-        store(m.p + j * kQueries + r, exp(load(m.p + j * kQueries + r) - load(m.lse + r)));
+      for (int64_t r = 0; r < width; r += kLanes) {
+        const Vec score = load(m.p + j * kQueries + r), lse = load(m.lse + r);
+        store(m.p + j * kQueries + r,
+              exp(kPairs ? fma(score, splat(scale.inside), -lse) : score - lse));
+      }
     }
     if (p.dropout > 0.f) drop(p, t, j0, keys, m.ds);  // the same factors meet P below
     for (int64_t j = 0; j < keys; ++j) {
@@ -125,12 +143,21 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
       }
     }
     if (p.dropout > 0.f) drop(p, t, j0, keys, m.p);
-    product(keys, dv_pad / kStrip, t.rows, m.p, kQueries, 1, {m.do_rows, kStrip, dv_pad},
-            m.dv + j0 * dv_pad, dv_pad, true);
-    product(keys, d_pad / kStrip, t.rows, m.ds, kQueries, 1, {m.q_rows, kStrip, d_pad},
-            m.dk + j0 * d_pad, d_pad, true);
-    product(p.D, t.strips, keys, k_rows, 1, k.row_stride, {m.ds, kStrip, kQueries}, m.dq, kQueries,
-            true);
+    float* ds_by_keys = m.ds;
+    if constexpr (kPairs) {
+      ds_by_keys = m.slope;  // the cap's slope has been used
+      round_to_pairs(m.ds, keys, width, ds_by_keys);
+      round_rows(m.ds, keys, width);
+      round_rows(m.p, keys, width);
+    }
+    const int64_t depth = units_of(t.rows, Dot::kPerUnit);
+    product<Dot>(keys, dv_pad / kStrip, depth, word_panel(m.p, kQueries, 1),
+                 {m.do_rows, kStrip, dv_pad}, m.dv + j0 * dv_pad, dv_pad, true);
+    product<Dot>(keys, d_pad / kStrip, depth, word_panel(m.ds, kQueries, 1),
+                 {m.q_rows, kStrip, d_pad}, m.dk + j0 * d_pad, d_pad, true);
+    product<Dot>(p.D, t.strips, units_of(keys, Dot::kPerUnit),
+                 from_unit(from.k_columns, j0 / Dot::kPerUnit), {ds_by_keys, kStrip, kQueries},
+                 m.dq, kQueries, true);
   }
   unpack_queries(m.dq, t.rows, p.D, m.ones,
                  static_cast<T*>(b.dq) + ((t.b * p.H + t.head) * p.S_q + t.first) * p.D, p.D);
@@ -149,27 +176,51 @@ FASTNN_INLINE void store_sums(const float* sums, int64_t rows, int64_t d, float 
 
 // Items [begin, end): (batch entry, key head) pairs. One item adds up all its query heads and tiles
 // in order: no sum depends on the number of threads.
+template <class Dot, class T, class Operands>
+FASTNN_INLINE void attention_bwd_items(const AttentionBwdParams& b, int64_t begin, int64_t end,
+                                       float* scratch, Operands operands) {
+  const AttentionParams& p = b.a;
+  const BackwardMemory m = backward_memory(p, scratch);
+  const int64_t group = p.H / p.H_kv;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t batch = item / p.H_kv, kv_head = item % p.H_kv;
+    const BackwardOperands from = operands(item, batch, kv_head);
+    std::memset(m.dk, 0, (size_t)(p.S_k * padded_features(p.D)) * 4);
+    std::memset(m.dv, 0, (size_t)(p.S_k * padded_features(p.D_v)) * 4);
+    for (int64_t g = 0; g < group; ++g) {
+      for (int64_t tile = 0; tile < query_tiles(p); ++tile)
+        attention_bwd_tile<Dot, T>(b, query_tile(p, batch, kv_head * group + g, tile), from, m);
+    }
+    store_sums(m.dk, p.S_k, p.D, p.scale, static_cast<T*>(b.dk) + item * p.S_k * p.D);
+    store_sums(m.dv, p.S_k, p.D_v, 1.f, static_cast<T*>(b.dv) + item * p.S_k * p.D_v);
+  }
+}
+
 void attention_bwd(const AttentionBwdParams& b, const float* k, const float* v, int64_t begin,
                    int64_t end, float* scratch) {
   const AttentionParams& p = b.a;
-  with_type(p.dtype, [&](auto type) {
+  with_dot(p.dtype, [&](auto dot, auto type) {
     using T = decltype(type);
-    const BackwardMemory m = backward_memory(p, scratch);
-    const int64_t group = p.H / p.H_kv;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t batch = item / p.H_kv, kv_head = item % p.H_kv;
-      std::memset(m.dk, 0, (size_t)(p.S_k * padded_features(p.D)) * 4);
-      std::memset(m.dv, 0, (size_t)(p.S_k * padded_features(p.D_v)) * 4);
-      for (int64_t g = 0; g < group; ++g) {
-        for (int64_t tile = 0; tile < query_tiles(p); ++tile) {
-          const QueryTile t = query_tile(p, batch, kv_head * group + g, tile);
-          attention_bwd_tile<T>(b, t, float_rows<T>(p, p.k, p.D, t.b, kv_head, k),
-                                float_rows<T>(p, p.v, p.D_v, t.b, kv_head, v), m);
-        }
+    if constexpr (decltype(dot)::kPerUnit == 2) {
+      if (multiplies_pairs(p, false)) {
+        const int64_t stride = prepared_stride(p.D);
+        return attention_bwd_items<DotBf16, T>(
+            b, begin, end, scratch, [&](int64_t item, int64_t batch, int64_t head) {
+              const float* const pairs = k + item * units_of(p.S_k, 2) * stride;
+              return BackwardOperands{head_panel<T>(p.k, batch, head),
+                                      head_panel<T>(p.v, batch, head),
+                                      word_panel(pairs, 1, stride)};
+            });
       }
-      store_sums(m.dk, p.S_k, p.D, p.scale, static_cast<T*>(b.dk) + item * p.S_k * p.D);
-      store_sums(m.dv, p.S_k, p.D_v, 1.f, static_cast<T*>(b.dv) + item * p.S_k * p.D_v);
     }
+    attention_bwd_items<DotF32, T>(
+        b, begin, end, scratch, [&](int64_t, int64_t batch, int64_t head) {
+          const FloatRows keys = float_rows<T>(p, p.k, p.D, batch, head, k);
+          const FloatRows values = float_rows<T>(p, p.v, p.D_v, batch, head, v);
+          return BackwardOperands{word_panel(keys.data, keys.row_stride, 1),
+                                  word_panel(values.data, values.row_stride, 1),
+                                  word_panel(keys.data, 1, keys.row_stride)};
+        });
   });
 }
 

@@ -10,13 +10,9 @@
 namespace fastnn {
 namespace {
 
-constexpr int64_t kDecodeQueries = 8;  // positions per head; from here on the tile is quicker
 // Keys of a block: long runs of K, then of V, keep the hardware's prefetching streams alive.
 constexpr int64_t kDecodeKeys = 256;
 constexpr int kDecodeRows = 8;  // that share a load at most
-
-// Forward and backward go by the same answer: backward adds up scores as forward did.
-inline bool is_decoding(const AttentionParams& p) { return p.S_q <= kDecodeQueries; }
 
 int64_t attention_decode_rows(const AttentionParams& p) {
   return is_decoding(p) ? p.H / p.H_kv * p.S_q : 0;
