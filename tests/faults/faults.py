@@ -478,8 +478,8 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: a mask of one row per batch entry is read at the first entry's",
         ATTENTION,
-        "t.b * p.mask_strides[0] + t.head * p.mask_strides[1];",
-        "t.head * p.mask_strides[1];",
+        "mask += t.b * p.mask_strides[0] + t.head * p.mask_strides[1] +",
+        "mask += t.head * p.mask_strides[1] +",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(

@@ -194,6 +194,69 @@ inline QueryTile query_tile(const AttentionParams& p, int64_t b, int64_t head, i
 
 inline int64_t query_tiles(const AttentionParams& p) { return (p.S_q + kQueries - 1) / kQueries; }
 
+// An element of a boolean mask: what it adds to a score is 0 where it is set, else -inf.
+struct MaskByte {
+  uint8_t set;
+};
+FASTNN_INLINE float to_float(MaskByte m) { return m.set != 0 ? 0.f : -__builtin_inff(); }
+// Calls f(elements) where there is a mask.
+template <class F>
+FASTNN_INLINE void with_mask(const AttentionParams& p, F f) {
+  if (p.mask_kind == MaskKind::kBool) {
+    f(static_cast<const MaskByte*>(p.mask));
+  } else if (p.mask_kind == MaskKind::kAdditive) {
+    with_type(p.mask_dtype, [&](auto type) { f(static_cast<const decltype(type)*>(p.mask)); });
+  }
+}
+template <class M>
+FASTNN_INLINE Vec load_mask(const M* m, int count) {
+  if constexpr (__is_same(M, MaskByte)) {
+    Bytes bytes = {};
+    if (count == kLanes) {
+      std::memcpy(&bytes, m, sizeof bytes);
+    } else {
+      std::memcpy(&bytes, m, (size_t)count);
+    }
+    return select((IVec)(widen(bytes) == UVec{}), splat(-__builtin_inff()), zero());
+  } else {
+    return load_some(m, count);
+  }
+}
+
+// Adds the mask to scores s [key][kQueries] of keys [j0, j0 + keys).
+template <class M>
+inline void add_mask(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys,
+                     const M* mask, float* s) {
+  const int64_t by_query = p.mask_strides[2], by_key = p.mask_strides[3];
+  mask += t.b * p.mask_strides[0] + t.head * p.mask_strides[1] + t.first * by_query + j0 * by_key;
+  const int64_t width = t.strips * kStrip;
+  if (by_query == 0) {  // the same for all queries: padding
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec m = splat(to_float(mask[j * by_key]));
+      for (int64_t r = 0; r < width; r += kLanes)
+        store(s + j * kQueries + r, load(s + j * kQueries + r) + m);
+    }
+  } else if (by_key == 1) {  // keys next to each other: turned as the scores are
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kLanes) {
+      for (int64_t j = 0; j < keys; j += kLanes) {
+        const int count = keys - j < kLanes ? (int)(keys - j) : kLanes;
+        Vec m[kLanes];
+        FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) {
+          m[i] = r0 + i < t.rows ? load_mask(mask + (r0 + i) * by_query + j, count) : zero();
+        }
+        transpose(m);
+        float* const at = s + j * kQueries + r0;
+        for (int k = 0; k < count; ++k) store(at + k * kQueries, load(at + k * kQueries) + m[k]);
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t r = 0; r < t.rows; ++r)
+        s[j * kQueries + r] += to_float(mask[r * by_query + j * by_key]);
+    }
+  }
+}
+
 // Scores s [key][kQueries] of keys [j0, j0 + keys) become capped, masked scores; slope (same
 // layout) receives the cap's derivative where one is wanted.
 inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys,
@@ -208,31 +271,7 @@ inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t 
       }
     }
   }
-  if (p.mask_kind != MaskKind::kNone) {
-    const int64_t offset = t.b * p.mask_strides[0] + t.head * p.mask_strides[1];
-    auto each = [&](auto value_at) __attribute__((always_inline)) {
-      for (int64_t j = 0; j < keys; ++j) {
-        const int64_t key = offset + (j0 + j) * p.mask_strides[3];
-        if (p.mask_strides[2] == 0) {  // the same for all queries: a padding mask
-          const float m = value_at(key);
-          for (int64_t r = 0; r < width; r += kLanes)
-            store(s + j * kQueries + r, load(s + j * kQueries + r) + m);
-        } else {
-          for (int64_t r = 0; r < t.rows; ++r)
-            s[j * kQueries + r] += value_at(key + (t.first + r) * p.mask_strides[2]);
-        }
-      }
-    };
-    if (p.mask_kind == MaskKind::kBool) {
-      const uint8_t* const m = static_cast<const uint8_t*>(p.mask);
-      each([m](int64_t at) { return m[at] ? 0.f : -__builtin_inff(); });
-    } else {
-      with_type(p.mask_dtype, [&](auto type) {
-        const auto* const m = static_cast<const decltype(type)*>(p.mask);
-        each([m](int64_t at) { return to_float(m[at]); });
-      });
-    }
-  }
+  with_mask(p, [&](const auto* mask) { add_mask(p, t, j0, keys, mask, s); });
   const bool left = p.window_left >= 0 && t.first + t.rows - 1 - p.window_left > j0;
   const bool right = p.window_right >= 0 && t.first + p.window_right < j0 + keys - 1;
   if (!left && !right) return;

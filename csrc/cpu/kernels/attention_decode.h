@@ -129,20 +129,12 @@ inline void finish_row(const AttentionParams& p, int64_t b, DecodeRow row, int64
     for (int64_t j = 0; j < keys; j += kLanes)
       store(s + j, tanh(load(s + j) * (1.f / p.softcap)) * p.softcap);
   }
-  if (p.mask_kind != MaskKind::kNone) {
+  with_mask(p, [&](const auto* mask) {
     const int64_t stride = p.mask_strides[3];
-    const int64_t first = b * p.mask_strides[0] + row.head * p.mask_strides[1] +
-                          row.query * p.mask_strides[2] + j0 * stride;
-    if (p.mask_kind == MaskKind::kBool) {
-      const uint8_t* const m = static_cast<const uint8_t*>(p.mask) + first;
-      for (int64_t j = 0; j < keys; ++j) s[j] += m[j * stride] ? 0.f : -__builtin_inff();
-    } else {
-      with_type(p.mask_dtype, [&](auto type) {
-        const auto* const m = static_cast<const decltype(type)*>(p.mask) + first;
-        for (int64_t j = 0; j < keys; ++j) s[j] += to_float(m[j * stride]);
-      });
-    }
-  }
+    mask += b * p.mask_strides[0] + row.head * p.mask_strides[1] + row.query * p.mask_strides[2] +
+            j0 * stride;
+    for (int64_t j = 0; j < keys; ++j) s[j] += to_float(mask[j * stride]);
+  });
   const int64_t from = p.window_left >= 0 ? row.query - p.window_left - j0 : 0;
   const int64_t to = p.window_right >= 0 ? row.query + p.window_right + 1 - j0 : keys;
   for (int64_t j = 0; j < from && j < keys; ++j) s[j] = -__builtin_inff();

@@ -239,6 +239,20 @@ FASTNN_INLINE void store_first(float* p, Vec v, int n) {
 #endif
 }
 
+// Bytes as unsigned integers. Spelt out: g++ 12 takes bytes apart one by one.
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+FASTNN_INLINE UVec widen(Bytes b) {
+#if defined(__AVX512F__)
+  return (UVec)_mm512_cvtepu8_epi32((__m128i)b);
+#elif defined(__AVX2__)
+  int64_t bits;
+  std::memcpy(&bits, &b, sizeof bits);
+  return (UVec)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits));
+#else
+  return UVec{b[0], b[1], b[2], b[3]};
+#endif
+}
+
 // bfloat16 is the upper half of a float32; rounding is to nearest even, NaN stays NaN.
 FASTNN_INLINE Vec widen(Half16 h, BFloat16) {
 #if defined(__AVX512F__)  // g++ 12 makes five instructions of the generic conversion
