@@ -198,13 +198,16 @@ def test_documents_are_filled_and_checked(tmp_path):
     made.save(results / "one.json")
     document.write_text(f"before\n{documents.BEGIN}\nold\n{documents.END}\nafter\n")
     assert not documents.problem_with(document, results)  # no numbers yet
-    documents.write(document, results / "one.json")
+    documents.write(document, [results / "one.json"])
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "softmax_fwd/fp32" in text and "old" not in text
     assert not documents.problem_with(document, results)
     document.write_text(text.replace("8 ms", "7 ms"))
     assert "differs from what one.json gives" in documents.problem_with(document, results)
-    documents.write(document, results / "one.json")
+    made.save(results / "two.json")
+    documents.write(document, [results / "one.json", results / "two.json"])
+    assert document.read_text().count("softmax_fwd/fp32") == 2
+    assert not documents.problem_with(document, results)
     (results / "one.json").unlink()
     assert "No such file" in documents.problem_with(document, results)
     document.write_text(f"{documents.BEGIN}\n| softmax | 3 ms |\n{documents.END}\n")
@@ -216,10 +219,10 @@ def test_documents_take_complete_results_and_have_markers(tmp_path):
     document.write_text("no markers")
     result(complete=False).save(source)
     with pytest.raises(BadResult, match="not complete"):
-        documents.write(document, source)
+        documents.write(document, [source])
     result().save(source)
     with pytest.raises(BadResult, match="no line <!-- rows:begin -->"):
-        documents.write(document, source)
+        documents.write(document, [source])
 
 
 DOCUMENTS = [*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")]

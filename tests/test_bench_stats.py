@@ -78,7 +78,10 @@ def test_verdict_of_one_comparison(ratio, bar, verdict):
 def test_thresholds_are_what_they_are_called():
     bar = 2.0
     assert judge_one(exactly(NEAR * bar * 1.001), bar) is Verdict.NEAR
-    assert judge_one(exactly(NEAR * bar * 0.999), bar) is Verdict.MISSED
+    assert judge_one(exactly(NEAR * bar * 0.99), bar) is Verdict.MISSED
+    below = NEAR * bar * 0.99
+    assert judge_one(Ratio(below, below * 0.99, NEAR * bar), bar) is Verdict.NEAR
+    assert judge_one(Ratio(below, below * 0.99, below * 1.005), bar) is Verdict.MISSED
     assert judge_one(Ratio(FLOOR, FLOOR - 0.02, FLOOR), None) is Verdict.LEVEL
     assert judge_one(Ratio(FLOOR - 0.01, FLOOR - 0.02, FLOOR - 0.001), None) is Verdict.BEHIND
     wide = Ratio(1.0, 1.0 - NOISY_WIDTH, 1.0 + NOISY_WIDTH)

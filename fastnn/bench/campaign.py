@@ -45,7 +45,7 @@ class Options:
     rounds: int = 7
     """Rounds of one visit."""
     passes: int = 3
-    """Visits of every row: apart in time, on fresh memory, so that the interval holds what drifts."""
+    """Visits of every row: apart in time, in new processes, so that the interval holds what drifts."""
     extra: int = 3
     """More visits, at most, of rows whose verdict more rounds could change."""
     sample_seconds: float = 0.01
@@ -229,6 +229,7 @@ class _Run:
             self.progress(f"{label}: {i + 1} of {len(cases)}, {case.id}")
             self._visit(case)
             self._keep()
+        self.session.end_processes()
 
     def _visit(self, case: BenchCase) -> None:
         entrants, refused = self.todo.entrants(case)

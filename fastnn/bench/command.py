@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help=f"where the result goes; default {RESULTS}")
     parser.add_argument("--document", type=Path, nargs="+", metavar="FILE", help="fill these documents from --from")
     parser.add_argument(
-        "--from", dest="source", type=Path, metavar="RESULT", help="a result file, instead of measuring"
+        "--from", dest="sources", type=Path, nargs="+", metavar="RESULT", help="result files, instead of measuring"
     )
 
 
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if len(arguments.what) > 1:
             raise BadOptions("limits goes alone: measure the rows by another call")
         return _limits(arguments)
-    if arguments.document or arguments.source:
+    if arguments.document or arguments.sources:
         return _from_file(arguments)
     if not arguments.json:
         _console()
@@ -161,14 +161,15 @@ def _show(result: Result, as_json: bool) -> None:
 def _from_file(arguments: argparse.Namespace) -> int:
     from .results import load
 
-    if arguments.source is None:
+    if not arguments.sources:
         raise BadOptions("--document needs --from RESULT: the numbers come from a result file")
-    result = load(arguments.source)
+    results = [load(source) for source in arguments.sources]
     for document in arguments.document or ():
-        write(document, arguments.source)
-        sys.stderr.write(f"wrote the rows of {arguments.source} into {document}\n")
+        write(document, arguments.sources)
+        sys.stderr.write(f"wrote the rows of {', '.join(map(str, arguments.sources))} into {document}\n")
     if not arguments.document:
-        _show(result, arguments.json)
+        for result in results:
+            _show(result, arguments.json)
     return 0
 
 

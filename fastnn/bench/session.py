@@ -186,6 +186,10 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.end_processes()
+
+    def end_processes(self) -> None:
+        """Ends the processes; the next visit starts new ones, whose memory lies elsewhere."""
         for process in self._processes.values():
             process.stop()
         self._processes.clear()

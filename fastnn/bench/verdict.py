@@ -50,22 +50,22 @@ Comparison = tuple[Ratio, float | None]
 """A ratio to a best contender, and the bar that it is held to."""
 
 
-def level(value: float, floor_value: float, bar: float | None) -> Verdict:
-    """The verdict of a ratio known exactly; `floor_value` is what is compared with the floor."""
-    if floor_value < FLOOR:
+def level(value: float, high: float, bar: float | None) -> Verdict:
+    """The verdict of a ratio; `high` is the upper end of what it may truly be, `value` itself where it is known."""
+    if high < FLOOR:
         return Verdict.BEHIND
     if bar is None:
         return Verdict.LEVEL
     if value >= bar:
         return Verdict.REACHED
-    return Verdict.NEAR if value >= NEAR * bar else Verdict.MISSED
+    return Verdict.NEAR if high >= NEAR * bar else Verdict.MISSED
 
 
 def judge_one(ratio: Ratio, bar: float | None) -> Verdict:
     """The verdict of one comparison.
 
-    The floor is a hard one: behind it is a row whose whole interval is. Bars are compared with the median. An interval
-    that is too wide and whose ends mean different things means nothing.
+    Behind the floor, or short of what counts as near the bar, is a row whose whole interval is. A bar is reached by the
+    median. An interval that is too wide and whose ends mean different things means nothing.
     """
     if ratio.width > NOISY_WIDTH and level(ratio.low, ratio.low, bar) != level(ratio.high, ratio.high, bar):
         return Verdict.NOISY
