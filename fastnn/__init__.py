@@ -7,7 +7,17 @@ from ._dispatch import use_backend
 from ._record import KernelRun, record
 from .accelerate import Explanation, Report, accelerate, explain
 from .info import info
-from .ops import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax
+from .ops import (
+    add_layer_norm,
+    add_rms_norm,
+    cross_entropy,
+    layer_norm,
+    linear,
+    log_softmax,
+    rms_norm,
+    scaled_dot_product_attention,
+    softmax,
+)
 
 __version__ = "0.1.0"
 
@@ -17,14 +27,18 @@ __all__ = [
     "Report",
     "__version__",
     "accelerate",
+    "add_layer_norm",
+    "add_rms_norm",
     "cross_entropy",
     "explain",
     "info",
+    "layer_norm",
     "linear",
     "log_softmax",
     "nn",
     "ops",
     "record",
+    "rms_norm",
     "scaled_dot_product_attention",
     "softmax",
     "use_backend",

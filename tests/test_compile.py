@@ -10,7 +10,17 @@ import torch._dynamo.testing
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastnn
-from fastnn import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax
+from fastnn import (
+    add_layer_norm,
+    add_rms_norm,
+    cross_entropy,
+    layer_norm,
+    linear,
+    log_softmax,
+    rms_norm,
+    scaled_dot_product_attention,
+    softmax,
+)
 from fastnn.ops.linear import ACTIVATIONS
 from fastnn.testing import assert_within_budget, policy, same_bits
 
@@ -43,6 +53,11 @@ FUNCTIONS = {
     "attention_heads_inside": functools.partial(_attention, inside=True, softcap=5.0),
     "attention_causal": functools.partial(_attention, is_causal=True, window=(3, 0)),
     "attention_masked": functools.partial(_attention, mask=lambda w: w.detach()[:, 0] > -1),
+    "layer_norm": lambda x, w, b: layer_norm(x, (12,), w[0], w[1]),
+    "layer_norm_of_two": lambda x, w, b: layer_norm(x, x.shape),
+    "rms_norm": lambda x, w, b: rms_norm(x, (12,), w[0]),
+    "add_layer_norm": lambda x, w, b: torch.cat(add_layer_norm(x, 2 * x, w[0], w[1])),
+    "add_rms_norm": lambda x, w, b: add_rms_norm(x, 2 * x, w[0], 0.1)[0],
     "softmax": lambda x, w, b: softmax(x, -1),
     "softmax_dim0": lambda x, w, b: softmax(x, 0),
     "log_softmax": lambda x, w, b: log_softmax(x, -1),
@@ -101,11 +116,13 @@ def test_dynamic(name):
         assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True)), rows
         frames.append(counter.frame_count)
     # Where a float has a default, torch traces it as a symbol first, finds that it is a constant, and starts over.
-    assert frames == frames[:1] * 4 and frames[0] <= (2 if "attention" in name or "entropy" in name else 1)
+    assert frames == frames[:1] * 4 and frames[0] <= (
+        2 if any(op in name for op in ("attention", "entropy", "norm")) else 1
+    )
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-@pytest.mark.parametrize("name", ["softmax", "linear_gelu", "cross_entropy_none", "attention"])
+@pytest.mark.parametrize("name", ["softmax", "linear_gelu", "cross_entropy_none", "attention", "add_layer_norm"])
 def test_degenerate_sizes(name, rows):
     function = FUNCTIONS[name]
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -115,7 +132,8 @@ def test_degenerate_sizes(name, rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
-    "name", ["softmax", "softmax_to_float32", "linear_gelu", "linear_relu", "cross_entropy", "attention_causal"]
+    "name",
+    ["softmax", "softmax_to_float32", "linear_gelu", "linear_relu", "cross_entropy", "attention_causal", "layer_norm"],
 )
 def test_other_dtypes(name, dtype):
     function = FUNCTIONS[name]
@@ -253,7 +271,7 @@ def test_invalid_call_keeps_its_message():
         compiled(tensor(2, 3))
 
 
-@pytest.mark.parametrize("name", ["softmax", "linear_gelu", "cross_entropy_none", "attention"])
+@pytest.mark.parametrize("name", ["softmax", "linear_gelu", "cross_entropy_none", "attention", "add_layer_norm"])
 def test_make_fx(name, extension):
     function = FUNCTIONS[name]
     with torch.no_grad():

@@ -33,6 +33,21 @@ def functions():
         )
     yield from losses()
     yield from attentions()
+    yield from norms()
+
+
+def norms():
+    w, b = tensor(5, seed=1), tensor(5, seed=2)
+    r = tensor(5, seed=3)
+    yield pytest.param(
+        lambda x: fastnn.layer_norm(x, (5,), w, b), lambda x: F.layer_norm(x, (5,), w, b), id="layer_norm"
+    )
+    yield pytest.param(lambda x: fastnn.rms_norm(x, (5,), w, 0.1), lambda x: F.rms_norm(x, (5,), w, 0.1), id="rms_norm")
+    yield pytest.param(
+        lambda x: sum(fastnn.add_layer_norm(x, r.expand_as(x), w, b)),
+        lambda x: F.layer_norm(x + r, (5,), w, b) + x + r,
+        id="add_layer_norm",
+    )
 
 
 def losses():
@@ -175,6 +190,7 @@ def test_layer_under_functional_call(frozen):
         ("softmax", "rows", "input"),
         ("linear", "gelu_bias", "input"),
         ("cross_entropy", "3x17x5", "input"),
+        ("norm", "layer_rows", "input"),
         ("attention", "three_dims", "query"),
     ],
 )

@@ -14,7 +14,7 @@ from fastnn import _dispatch, _extension, testing
 from fastnn.testing import LAYOUTS, MATRIX_LAYOUTS, cases, matrix_cells, op_names, targets, unavailable
 
 OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
-PUBLIC = {"attention": "scaled_dot_product_attention"}  # the others are called as their op
+PUBLIC = {"attention": "scaled_dot_product_attention", "norm": "add_layer_norm"}  # the others are called as their op
 # Gradients that plain PyTorch computes: tests/test_ops_cross_entropy.py, tests/test_ops_attention.py.
 PLAIN = {"attention": {"attn_mask"}, "cross_entropy": {"target", "weight"}}
 RAN: set[testing.Cell] = set()  # filled as the cells really run

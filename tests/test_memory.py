@@ -14,7 +14,18 @@ import pytest
 import torch
 
 import fastnn
-from fastnn import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax, testing
+from fastnn import (
+    add_layer_norm,
+    add_rms_norm,
+    cross_entropy,
+    layer_norm,
+    linear,
+    log_softmax,
+    rms_norm,
+    scaled_dot_product_attention,
+    softmax,
+    testing,
+)
 from fastnn.ops.linear import ACTIVATIONS, linear_reference
 from fastnn.testing import find_case, same_bits
 
@@ -54,6 +65,15 @@ def test_softmax_saves_its_output_only(function):
     x = torch.randn(40, 50, requires_grad=True)
     assert saved_bytes(lambda: function(x, -1)) == x.nbytes
     assert saved_bytes(lambda: function(x.t(), -1)) == x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_save_eight_bytes_a_row(dtype):
+    """Beside their arguments, which live on anyway, or the sum, which is a result: not the normalized rows."""
+    x, w = torch.randn(40, 50).to(dtype).requires_grad_(), torch.randn(50).to(dtype).requires_grad_()
+    assert saved_bytes(lambda: layer_norm(x, (50,), w, w), (x, w)) == 40 * 8
+    assert saved_bytes(lambda: rms_norm(x, (50,), w), (x, w)) == 40 * 8
+    assert saved_bytes(lambda: add_layer_norm(x, x, w, w)[0], (x, w)) == 40 * 8 + x.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,6 +135,8 @@ STEPS = {
     "log_softmax": lambda x, w, b: log_softmax(x, 0),
     "linear": lambda x, w, b: linear(x, w, b, activation="gelu"),
     "linear_relu": lambda x, w, b: linear(x, w, b, activation="relu"),
+    "layer_norm": lambda x, w, b: layer_norm(x, x.shape[-1:], w[0], w[1]),
+    "add_rms_norm": lambda x, w, b: add_rms_norm(x, x, w[0])[0],
     "cross_entropy": lambda x, w, b: cross_entropy(x, torch.zeros(len(x), dtype=torch.long), z_loss=0.1),
     "attention": lambda x, w, b: scaled_dot_product_attention(x[None, None], w[None, None], w[None, None], None, 0.1),
 }

@@ -78,6 +78,15 @@ def test_softmax_layers(name, dim):
             assert_same_answers(ours, theirs, x(*shape))
 
 
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norm_layers(name):
+    theirs, ours = getattr(nn, name)(8, eps=1e-3), getattr(fastnn.nn, name)(8, eps=1e-3)
+    torch.nn.init.normal_(theirs.weight)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert repr(ours) == repr(theirs)
+    assert_same_answers(ours, theirs, x(2, 3, 8))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 @pytest.mark.parametrize(
     "make", [lambda: fastnn.nn.Linear(8, 8, activation="gelu").freeze(), lambda: fastnn.nn.Softmax(-1)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastnn
-from fastnn import cross_entropy, linear, log_softmax, scaled_dot_product_attention, softmax
+from fastnn import cross_entropy, layer_norm, linear, log_softmax, rms_norm, scaled_dot_product_attention, softmax
 from fastnn.testing import assert_within_budget, policy
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -62,6 +62,24 @@ def test_softmax_dtypes(function, given, cast):
         assert function(x, -1, torch.float32).dtype == theirs(x, -1, dtype=torch.float32).dtype
     y.sum().backward()
     assert x.grad.dtype == given
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+@pytest.mark.parametrize("rms", [False, True])
+def test_norm_dtypes(rms, given, cast):
+    """The input's type, which torch's CPU autocast leaves as it is; parameters may be float32 beside half precision."""
+    x, w, _ = operands(given)
+    weight = w[0].detach().to(torch.float64 if given == torch.float64 else torch.float32)
+    with torch.autocast("cpu", dtype=cast):
+        ours = rms_norm(x, (12,), weight) if rms else layer_norm(x, (12,), weight, weight)
+        theirs = F.rms_norm(x, (12,), weight) if rms else F.layer_norm(x, (12,), weight, weight)
+    assert ours.dtype == theirs.dtype == given
+    ours.sum().backward()
+    assert x.grad.dtype == given
+    plain = x.detach().double(), (12,), weight.double()
+    truth = F.rms_norm(*plain) if rms else F.layer_norm(*plain, weight.double())
+    assert_within_budget(ours, truth, theirs, given, policy.FORWARD_FACTOR)
 
 
 def test_disabled_autocast_changes_nothing():

@@ -72,6 +72,8 @@ def test_double_backward(op, name):
         ("linear", "gelu_bias"),
         ("cross_entropy", "everything_mean"),
         ("attention", "everything"),
+        ("norm", "add_layer_rows"),
+        ("norm", "rms_rows"),
     ],
 )
 def test_double_backward_keeps_the_dtype(op, name, dtype):

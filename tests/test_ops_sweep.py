@@ -54,6 +54,8 @@ THREADED = [
     ("linear", "wide_columns"),
     ("linear", "packed_wide_blocks"),
     ("linear", "packed_wide_rows"),
+    ("norm", "layer_wide_many_rows"),
+    ("norm", "add_rms_wide_chunks"),
     ("softmax", "wide_many_rows"),
     ("softmax", "log_wide_inner_1000"),
     ("softmax", "wide_40000"),

@@ -24,6 +24,8 @@ RAW = (
     "linear_fwd",
     "linear_pack",
     "linear_packed_fwd",
+    "norm_bwd",
+    "norm_fwd",
     "softmax_bwd",
     "softmax_fwd",
 )
@@ -64,6 +66,7 @@ def samples(dtype=torch.float32):
     yield "linear_packed_fwd", (deep, packed, None, 7, 2)
     yield from cross_entropy_samples(x, strided)
     yield from attention_samples(dtype)
+    yield from norm_samples(x, deep, strided)
 
 
 def cross_entropy_samples(x, strided):
@@ -95,6 +98,20 @@ def attention_samples(dtype):
                 out, lse = torch.ops.fastnn.attention_fwd(*operands, mask, seeded, *options)
             grad = tensor(*out.shape, dtype=dtype, seed=8)
             yield "attention_bwd", (grad, *operands, mask, seeded, out, lse, *options)
+
+
+def norm_samples(x, deep, strided):
+    weight, bias, stats = x[0].abs() + 0.1, x[1], torch.rand(5, 2) + 0.5
+    grad, wide = x.flip(0), x.float()[0]
+    for rms in (False, True):
+        shift = None if rms else bias
+        yield "norm_fwd", (x, None, weight, shift, 1, 1e-5, rms, False)
+        yield "norm_fwd", (strided, x, weight[:1].expand(12), shift, 1, 1e-5, rms, True)
+        yield "norm_fwd", (deep, None, wide, None, 1, 1e-5, rms, True)
+        yield "norm_fwd", (deep.mT, None, None, None, 2, 1e-5, rms, True)
+        yield "norm_bwd", (grad, None, x, weight, stats, 1, rms, x.dtype, [True, True, not rms])
+        yield "norm_bwd", (strided, grad, x, wide, stats, 1, rms, torch.float32, [True, False, False])
+        yield "norm_bwd", (deep.mT, None, deep.mT, None, stats[:2], 2, rms, x.dtype, [False, True, True])
 
 
 def handled(name, arguments):

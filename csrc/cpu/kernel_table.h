@@ -6,6 +6,7 @@
 #include "params/cross_entropy.h"
 #include "params/limits.h"
 #include "params/linear.h"
+#include "params/norm.h"
 #include "params/softmax.h"
 
 namespace fastnn {
@@ -23,6 +24,13 @@ struct KernelTable {
   // Rows [begin, end).
   void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
   void (*cross_entropy_bwd)(const CrossEntropyBwdParams& p, int64_t begin, int64_t end);
+
+  // Rows [begin, end); weight and bias as neighbouring float32. The rows' sums for the gradients of
+  // weight and bias go to dw and db, where not null.
+  void (*norm_fwd)(const NormParams& p, const float* weight, const float* bias, int64_t begin,
+                   int64_t end);
+  void (*norm_bwd)(const NormBwdParams& p, const float* weight, int64_t begin, int64_t end,
+                   float* dw, float* db);
 
   // (Batch entry, key head) pairs as the products take them: attention_key_floats and
   // attention_value_floats of each, 0 where they are read in place.

@@ -25,6 +25,9 @@ constexpr int64_t kHugeKeptBytes = int64_t{2} << 20;
 // last-level cache commonly is. (What the system says of it is the whole host's on many virtual
 // machines.)
 constexpr int64_t kStreamFromBytes = int64_t{21} << 20;
+// Whether rows of a result are better written past the caches: too large to be there when they are
+// read, and whole lines.
+bool streams(const void* out, int64_t rows, int64_t row_bytes);
 
 // A per-thread buffer that lives for one kernel call, 64-byte aligned, on huge pages from 2 MiB on.
 // Buffers up to kKeptScratchBytes stay with the thread for the next call; they nest (a second one

@@ -17,19 +17,11 @@ int64_t items_per_grain(int64_t elements, int64_t items) {
   return items == 0 ? 1 : std::max<int64_t>(1, kGrain * items / std::max<int64_t>(1, elements));
 }
 
-// Whether a result is better written past the caches: too large to be there when it is read, and
-// rows of whole lines.
-bool streams(const void* out, int64_t outer, int64_t cols, int64_t inner, DType dtype) {
-  const int64_t row = cols * element_bytes(dtype);
-  return inner == 1 && outer * row >= kStreamFromBytes && row % 64 == 0 &&
-         reinterpret_cast<uintptr_t>(out) % 64 == 0;
-}
-
 }  // namespace
 
 void softmax_fwd(const SoftmaxParams& given) {
   SoftmaxParams p = given;
-  p.stream = streams(p.y, p.outer, p.cols, p.inner, p.y_dtype);
+  p.stream = p.inner == 1 && streams(p.y, p.outer, p.cols * element_bytes(p.y_dtype));
   const KernelTable& table = kernels();
   record_run("softmax_fwd", table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;
@@ -46,7 +38,7 @@ void softmax_fwd(const SoftmaxParams& given) {
 
 void softmax_bwd(const SoftmaxBwdParams& given) {
   SoftmaxBwdParams p = given;
-  p.stream = streams(p.dx, p.outer, p.cols, p.inner, p.dx_dtype);
+  p.stream = p.inner == 1 && streams(p.dx, p.outer, p.cols * element_bytes(p.dx_dtype));
   const KernelTable& table = kernels();
   record_run("softmax_bwd", table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;

@@ -3,6 +3,7 @@
 from .attention import MultiheadAttention
 from .linear import Linear
 from .loss import CrossEntropyLoss
+from .norm import LayerNorm, RMSNorm
 from .softmax import LogSoftmax, Softmax
 
-__all__ = ["CrossEntropyLoss", "Linear", "LogSoftmax", "MultiheadAttention", "Softmax"]
+__all__ = ["CrossEntropyLoss", "LayerNorm", "Linear", "LogSoftmax", "MultiheadAttention", "RMSNorm", "Softmax"]

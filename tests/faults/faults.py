@@ -30,6 +30,7 @@ def cell(*names: str) -> tuple[str, ...]:
 
 
 SOFTMAX, GEMM = "csrc/cpu/kernels/softmax.h", "csrc/cpu/gemm/gemm.h"
+NORM = "csrc/cpu/kernels/norm.h"
 LINEAR, SIMD = "csrc/cpu/linear.cpp", "csrc/cpu/simd/"
 OPS = "fastnn/ops/"
 AUTOGRAD, PACKING = "tests/test_ops_autograd.py", "tests/test_ops_packing.py"
@@ -39,8 +40,8 @@ KERNEL_FAULTS = [
     Fault(
         "softmax: the sum takes in the lanes past the tail",
         "csrc/cpu/kernels/rows.h",
-        "total += keep_first(f(i, count), count);",
-        "total += f(i, count);",
+        "s[0] += keep_first(f(i, count), count);",
+        "s[0] += f(i, count);",
         cell("softmax-fp32-{isa}-tail"),
     ),
     Fault(
@@ -538,4 +539,56 @@ ATTENTION_FAULTS = [
     ),
 ]
 
-FAULTS = [*KERNEL_FAULTS, *BINDING_FAULTS, *PYTHON_FAULTS, *LOSS_FAULTS, *ATTENTION_FAULTS]
+NORM_FAULTS = [
+    Fault(
+        "norm: the variance takes in the lanes past the tail",
+        NORM,
+        "d = keep_first(d - p, count);",
+        "d = d - p;",
+        cell("norm-fp32-{isa}-tail"),
+    ),
+    Fault(
+        "norm: moments about an outlier, or out of range, are not taken again",
+        NORM,
+        "if (__builtin_expect(!good || variance + eps < kLeastVariance, 0)) {",
+        "if (n < 0 && !good) {",
+        ("tests/test_ops_norm.py::test_squares_out_of_range",),
+    ),
+    Fault(
+        "norm: the gradient keeps its mean",
+        NORM,
+        "kRms ? g : g - mean_g",
+        "g",
+        cell("norm-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "norm: the gradient of the residual sum itself is dropped",
+        NORM,
+        "return d_total == nullptr ? v : v + load_some(d_total + i, count);",
+        "return v;",
+        cell("norm-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "norm: the gradients of weight and bias lose a chunk of rows",
+        "csrc/cpu/norm.cpp",
+        "for (int64_t c = 1; c < chunks; ++c) {",
+        "for (int64_t c = 2; c < chunks; ++c) {",
+        ("tests/test_ops_sweep.py::test_sweep_everywhere[norm-layer_wide_many_rows-{isa}]",),
+    ),
+    Fault(
+        "norm: a weight 2 apart is read as neighbours",
+        "csrc/cpu/norm.cpp",
+        "(stride == 1 || n == 1)",
+        "stride != 0",
+        cell("norm-fp32-{isa}-strided"),
+    ),
+    Fault(
+        "norm: the residual has a gradient only where the input has one",
+        f"{OPS}norm.py",
+        "needs = (of_input or of_residual, *of_parameters)",
+        "needs = (of_input, *of_parameters)",
+        (f"{AUTOGRAD}::test_some_gradients_only[norm-add_layer_rows]",),
+    ),
+]
+
+FAULTS = [*KERNEL_FAULTS, *BINDING_FAULTS, *PYTHON_FAULTS, *LOSS_FAULTS, *ATTENTION_FAULTS, *NORM_FAULTS]

@@ -62,7 +62,9 @@ void linear_slope(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz
 void to_float32(const void* x, int64_t stride, DType dtype, int64_t n, float* y) {
   with_type(dtype, [&](auto type) {
     const auto* const from = static_cast<const decltype(type)*>(x);
-    for (int64_t i = 0; i < n; ++i) y[i] = to_float(from[i * stride]);
+    int64_t i = 0;
+    for (; stride == 1 && i + kLanes <= n; i += kLanes) store(y + i, load(from + i));
+    for (; i < n; ++i) y[i] = to_float(from[i * stride]);
   });
 }
 

@@ -1,6 +1,7 @@
 // Walking along a row: what the row operations share.
 #pragma once
 #include "cpu/simd/lanes.h"
+#include "cpu/simd/stream.h"
 
 namespace fastnn {
 namespace {
@@ -10,27 +11,45 @@ FASTNN_INLINE Vec load_some(const T* p, int count) {
   return count == kLanes ? load(p) : load_first(p, count, 0.f);
 }
 
-// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes. Four
-// chains hide the latency; each block starts from zero, so that rounding errors grow with the
-// block's length and not with the row's.
-template <class F>
-FASTNN_INLINE float row_sum(int64_t n, F f) {
+// N sums over a row at once: f(i, count, sums) adds the terms of elements [i, i + count), nothing
+// in the other lanes. Four chains hide the latency; each block starts from zero, so that rounding
+// errors grow with the block's length and not with the row's.
+template <int N>
+struct RowSums {
+  float sum[N];
+};
+template <int N, class F>
+FASTNN_INLINE RowSums<N> row_sums(int64_t n, F f) {
   constexpr int64_t kBlock = 64 * kLanes;
-  Vec total = zero();
+  Vec total[N];
+  FASTNN_UNROLL for (int t = 0; t < N; ++t) total[t] = zero();
   int64_t i = 0;
   while (i + 4 * kLanes <= n) {
     const int64_t stop = i + kBlock < n ? i + kBlock : n;
-    Vec s[4] = {zero(), zero(), zero(), zero()};
-    for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
-      FASTNN_UNROLL for (int k = 0; k < 4; ++k) s[k] += f(i + k * kLanes, kLanes);
+    Vec s[4][N];
+    FASTNN_UNROLL for (int k = 0; k < 4; ++k) {
+      FASTNN_UNROLL for (int t = 0; t < N; ++t) s[k][t] = zero();
     }
-    total += (s[0] + s[1]) + (s[2] + s[3]);
+    for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
+      FASTNN_UNROLL for (int k = 0; k < 4; ++k) f(i + k * kLanes, kLanes, s[k]);
+    }
+    FASTNN_UNROLL for (int t = 0; t < N; ++t) {
+      total[t] += (s[0][t] + s[1][t]) + (s[2][t] + s[3][t]);
+    }
   }
-  for (; i < n; i += kLanes) {
-    const int count = n - i < kLanes ? (int)(n - i) : kLanes;
-    total += keep_first(f(i, count), count);
-  }
-  return sum_lanes(total);
+  for (; i < n; i += kLanes) f(i, n - i < kLanes ? (int)(n - i) : kLanes, total);
+  RowSums<N> found;
+  FASTNN_UNROLL for (int t = 0; t < N; ++t) found.sum[t] = sum_lanes(total[t]);
+  return found;
+}
+
+// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes.
+template <class F>
+FASTNN_INLINE float row_sum(int64_t n, F f) {
+  return row_sums<1>(n,
+                     [=](int64_t i, int count, Vec(&s)[1])
+                         __attribute__((always_inline)) { s[0] += keep_first(f(i, count), count); })
+      .sum[0];
 }
 
 template <class T>
@@ -40,6 +59,28 @@ FASTNN_INLINE void store_some(T* p, Vec v, int count) {
   } else {
     store_first(p, v, count);
   }
+}
+
+template <bool kStream, class T>
+FASTNN_INLINE void put_some(T* p, Vec v, int count) {
+  if (count == kLanes) {
+    put<kStream>(p, v);
+  } else {
+    store_first(p, v, count);
+  }
+}
+
+// Over a row, y[i ...] = f(i, count), the values of elements [i, i + count) in the first lanes.
+template <bool kStream, class T, class F>
+FASTNN_INLINE void row_map(T* y, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Vec a = f(i, kLanes), b = f(i + kLanes, kLanes);
+    put<kStream>(y + i, a);
+    put<kStream>(y + i + kLanes, b);
+  }
+  for (; i + kLanes <= n; i += kLanes) put<kStream>(y + i, f(i, kLanes));
+  if (i < n) store_first(y + i, f(i, (int)(n - i)), (int)(n - i));
 }
 
 }  // namespace

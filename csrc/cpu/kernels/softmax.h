@@ -6,7 +6,6 @@
 #pragma once
 #include "cpu/kernels/rows.h"
 #include "cpu/simd/math.h"
-#include "cpu/simd/stream.h"
 #include "params/softmax.h"
 
 namespace fastnn {
@@ -47,19 +46,6 @@ FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
     }
     return e;
   });
-}
-
-// Over a row, y[i ...] = f(i, count), the values of elements [i, i + count) in the first lanes.
-template <bool kStream, class T, class F>
-FASTNN_INLINE void row_map(T* y, int64_t n, F f) {
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec a = f(i, kLanes), b = f(i + kLanes, kLanes);
-    put<kStream>(y + i, a);
-    put<kStream>(y + i + kLanes, b);
-  }
-  for (; i + kLanes <= n; i += kLanes) put<kStream>(y + i, f(i, kLanes));
-  if (i < n) store_first(y + i, f(i, (int)(n - i)), (int)(n - i));
 }
 
 // Exponentials that were kept, divided by their sum.

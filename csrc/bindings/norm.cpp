@@ -1,0 +1,196 @@
+// torch.ops.fastnn.norm_fwd / norm_bwd.
+#include "cpu/norm.h"
+
+#include "bindings/tensor.h"
+
+namespace fastnn {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The last dimensions of a tensor, over which a row of it runs, and the rows.
+struct Extents {
+  std::vector<int64_t> row_shape;
+  int64_t rows = 1, columns = 1;
+};
+
+Extents extents_of(const std::vector<int64_t>& sizes, int64_t dims, const char* op) {
+  const auto rank = static_cast<int64_t>(sizes.size());
+  FASTNN_CHECK(dims >= 1 && dims <= rank, ValueError, "fastnn::", op,
+               ": dims, how many of the last dimensions are normalized, must be in [1, ", rank,
+               "], got ", dims);
+  Extents e;
+  e.row_shape.assign(sizes.end() - dims, sizes.end());
+  for (int64_t d = 0; d < rank; ++d)
+    (d < rank - dims ? e.rows : e.columns) *= sizes[static_cast<size_t>(d)];
+  return e;
+}
+
+// The data and row stride of a tensor's rows, copied only where no stride describes them.
+struct Source {
+  const void* data;
+  int64_t row_stride;
+};
+Source source_of(const Tensor& t, const Extents& e, Tensor& holder) {
+  if (e.row_shape.size() == 1) {
+    const Rows rows = rows_of(t, holder);
+    if (rows.column_stride == 1) return {rows.data, rows.row_stride};
+  }
+  holder = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return {holder.const_data_ptr(), e.columns};
+}
+
+// A tensor that must have the input's type and shape.
+Source like_input(const Tensor& t, const char* argument, const Tensor& input, const Extents& e,
+                  const char* op, Tensor& holder) {
+  FASTNN_CHECK(checked_dtype(t, op, argument) == checked_dtype(input, op, "input"), TypeError,
+               "fastnn::", op, ": ", argument, " must have the input's type ",
+               dtype_name(input.scalar_type()), ", got ", dtype_name(t.scalar_type()));
+  FASTNN_CHECK(sizes_of(t) == sizes_of(input), ValueError, "fastnn::", op, ": ", argument,
+               " must have the input's shape ", shape_of(input), ", got ", shape_of(t));
+  return source_of(t, e, holder);
+}
+
+DType parameter_dtype(ScalarType given, DType input, const char* op, const char* argument) {
+  const auto dtype = kernel_dtype(given);
+  FASTNN_CHECK(dtype && (*dtype == input || *dtype == DType::kFloat32), TypeError, "fastnn::", op,
+               ": ", argument, " must have the input's type ", dtype_name(scalar_type(input)),
+               " or be float32, got ", dtype_name(given));
+  return *dtype;
+}
+
+struct Elements {
+  const void* data = nullptr;
+  int64_t stride = 1;
+};
+Elements elements_of(const OptionalTensor& t, const char* argument, const Extents& e,
+                     const char* op, Tensor& holder) {
+  if (!t) return {};
+  checked_dtype(*t, op, argument);
+  FASTNN_CHECK(sizes_of(*t) == e.row_shape, ValueError, "fastnn::", op, ": ", argument,
+               " must have the shape of the normalized dimensions ", shape_text(e.row_shape),
+               ", got ", shape_of(*t));
+  if (t->dim() == 1) return {t->const_data_ptr(), t->stride(0)};
+  holder = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+  return {holder.const_data_ptr(), 1};
+}
+
+// (output, input + residual, (rows, 2) mean and rstd)
+std::tuple<Tensor, OptionalTensor, OptionalTensor> fwd(const Tensor& input,
+                                                       const OptionalTensor& residual,
+                                                       const OptionalTensor& weight,
+                                                       const OptionalTensor& bias, int64_t dims,
+                                                       double eps, bool rms, bool save_stats,
+                                                       bool grad_handled) {
+  constexpr auto op = "norm_fwd";
+  check_grad_handled(grad_handled, op);
+  NormParams p = {};
+  p.dtype = p.parameter_dtype = checked_dtype(input, op, "input");
+  const auto sizes = sizes_of(input);
+  const Extents e = extents_of(sizes, dims, op);
+  FASTNN_CHECK(!(rms && bias), ValueError, "fastnn::", op, ": RMS norm has no bias");
+  if (weight) p.parameter_dtype = parameter_dtype(weight->scalar_type(), p.dtype, op, "weight");
+  if (bias) {
+    const DType of_bias = parameter_dtype(bias->scalar_type(), p.dtype, op, "bias");
+    FASTNN_CHECK(!weight || of_bias == p.parameter_dtype, TypeError, "fastnn::", op,
+                 ": bias must have the weight's type ", dtype_name(scalar_type(p.parameter_dtype)),
+                 ", got ", dtype_name(bias->scalar_type()));
+    p.parameter_dtype = of_bias;
+  }
+  Tensor input_holder, residual_holder, weight_holder, bias_holder;
+  const Elements w = elements_of(weight, "weight", e, op, weight_holder);
+  const Elements b = elements_of(bias, "bias", e, op, bias_holder);
+  const Source x = source_of(input, e, input_holder);
+  p.rows = e.rows;
+  p.columns = e.columns;
+  p.x = x.data;
+  p.x_row_stride = x.row_stride;
+  p.weight = w.data;
+  p.weight_stride = w.stride;
+  p.bias = b.data;
+  p.bias_stride = b.stride;
+  p.eps = static_cast<float>(eps);
+  p.rms = rms;
+  OptionalTensor total, stats;
+  if (residual) {
+    const Source r = like_input(*residual, "residual", input, e, op, residual_holder);
+    p.residual = r.data;
+    p.residual_row_stride = r.row_stride;
+    total = new_output(sizes, p.dtype);
+    p.total = total->mutable_data_ptr();
+  }
+  if (save_stats) {
+    stats = new_output({e.rows, 2}, DType::kFloat32);
+    p.stats = static_cast<float*>(stats->mutable_data_ptr());
+  }
+  Tensor output = new_output(sizes, p.dtype);
+  p.y = output.mutable_data_ptr();
+  norm_fwd(p);
+  return {output, total, stats};
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
+    const Tensor& grad, const OptionalTensor& grad_total, const Tensor& input,
+    const OptionalTensor& weight, const Tensor& stats, int64_t dims, bool rms,
+    ScalarType weight_dtype, std::vector<bool> mask, bool grad_handled) {
+  constexpr auto op = "norm_bwd";
+  check_grad_handled(grad_handled, op);
+  FASTNN_CHECK(mask.size() == 3, ValueError, "fastnn::", op, ": mask must have 3 entries, got ",
+               mask.size());
+  NormBwdParams p = {};
+  p.dtype = checked_dtype(input, op, "input");
+  p.parameter_dtype = parameter_dtype(weight_dtype, p.dtype, op, "weight_dtype");
+  const auto sizes = sizes_of(input);
+  const Extents e = extents_of(sizes, dims, op);
+  FASTNN_CHECK(!weight || weight->scalar_type() == weight_dtype, TypeError, "fastnn::", op,
+               ": weight must have weight_dtype ", dtype_name(weight_dtype), ", got ",
+               weight ? dtype_name(weight->scalar_type()) : "");
+  FASTNN_CHECK(checked_dtype(stats, op, "stats") == DType::kFloat32 && stats.is_contiguous() &&
+                   sizes_of(stats) == std::vector<int64_t>({e.rows, 2}),
+               ValueError, "fastnn::", op,
+               ": stats must be what norm_fwd gave, contiguous float32 (", e.rows, ", 2); got ",
+               dtype_name(stats.scalar_type()), " ", shape_of(stats));
+  Tensor grad_holder, total_holder, input_holder, weight_holder;
+  const Source dy = like_input(grad, "grad", input, e, op, grad_holder);
+  const Source x = source_of(input, e, input_holder);
+  const Elements w = elements_of(weight, "weight", e, op, weight_holder);
+  p.rows = e.rows;
+  p.columns = e.columns;
+  p.dy = dy.data;
+  p.dy_row_stride = dy.row_stride;
+  p.x = x.data;
+  p.x_row_stride = x.row_stride;
+  p.weight = w.data;
+  p.weight_stride = w.stride;
+  p.stats = static_cast<const float*>(stats.const_data_ptr());
+  p.rms = rms;
+  if (grad_total) {
+    const Source d_total = like_input(*grad_total, "grad_total", input, e, op, total_holder);
+    p.d_total = d_total.data;
+    p.d_total_row_stride = d_total.row_stride;
+  }
+  OptionalTensor dx, dw, db;
+  if (mask[0]) p.dx = (dx = new_output(sizes, p.dtype))->mutable_data_ptr();
+  if (mask[1]) p.dw = (dw = new_output(e.row_shape, p.parameter_dtype))->mutable_data_ptr();
+  if (mask[2]) p.db = (db = new_output(e.row_shape, p.parameter_dtype))->mutable_data_ptr();
+  norm_bwd(p);
+  return {dx, dw, db};
+}
+
+}  // namespace
+}  // namespace fastnn
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+  m.def(
+      "norm_fwd(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps, "
+      "bool rms, bool save_stats, bool grad_handled=False) -> (Tensor, Tensor?, Tensor?)");
+  m.def(
+      "norm_bwd(Tensor grad, Tensor? grad_total, Tensor input, Tensor? weight, Tensor stats, int "
+      "dims, bool rms, ScalarType weight_dtype, bool[3] mask, bool grad_handled=False) -> "
+      "(Tensor?, "
+      "Tensor?, Tensor?)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
+  m.impl("norm_fwd", TORCH_BOX(&fastnn::fwd));
+  m.impl("norm_bwd", TORCH_BOX(&fastnn::bwd));
+}
