@@ -72,6 +72,20 @@ sdpa_decode/fp32 | 8, 32, 8, 2048, 128 | 2.3 |
 sdpa_decode/bf16 | 8, 32, 8, 2048, 128 | 3.1 |
 sdpa_decode/fp32 | 1, 32, 8, 2048, 128 | 5.0 |
 sdpa_decode/bf16 | 1, 32, 8, 2048, 128 | 2.8 |
+layernorm_fwd/fp32 | 2048, 768 | 1.8 |
+add_layernorm_fwd/fp32 | 2048, 768 | 1.2 |
+rmsnorm_fwd/fp32 | 2048, 768 | 1.4 |
+add_rmsnorm_fwd/fp32 | 2048, 768 | 1.1 |
+layernorm_fb/fp32 | 2048, 768 | 1.4 |
+add_layernorm_fb/fp32 | 2048, 768 | 2.5 | 1.4
+rmsnorm_fb/fp32 | 2048, 768 | 1.7 |
+layernorm_fwd/bf16 | 2048, 768 | 2.6 |
+add_layernorm_fwd/bf16 | 2048, 768 | 3.0 |
+rmsnorm_fwd/bf16 | 2048, 768 | 2.8 |
+add_rmsnorm_fwd/bf16 | 2048, 768 | 2.2 |
+layernorm_fb/bf16 | 2048, 768 | 2.8 |
+add_layernorm_fb/bf16 | 2048, 768 | 1.8 |
+rmsnorm_fb/bf16 | 2048, 768 | 3.0 |
 """
 
 
