@@ -21,12 +21,13 @@ class Model(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList([Block(width=8) for _ in range(3)])
         self.norm = nn.LayerNorm(8)
+        self.drop = nn.Dropout(0.0)
         self.head = nn.Sequential(nn.Linear(8, 3), nn.LogSoftmax(-1))
 
     def forward(self, x):
         for block in self.blocks:
             x = x + block(self.norm(x)) @ torch.eye(8)
-        return self.head(x)
+        return self.head(self.drop(x))
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,13 @@ def test_shares_are_of_own_time_and_add_up(explanation):
 
 
 def test_kernels_and_reasons(explanation):
-    expected = {"blocks.0.dense": " + gelu", "head.0": "", "head.1": ""}
-    op = {"blocks.0.dense": "linear_fwd", "head.0": "linear_fwd", "head.1": "softmax_fwd"}
+    expected = {"blocks.0.dense": " + gelu", "norm": "", "head.0": "", "head.1": ""}
+    op = {"blocks.0.dense": "linear_fwd", "norm": "norm_fwd", "head.0": "linear_fwd", "head.1": "softmax_fwd"}
     for name, suffix in expected.items():
         found = part(explanation, name)
         assert found.kernel in (op[name] + suffix, "reference" + suffix) and not found.why_not
     assert part(explanation, "blocks.1.act").kernel == "fused into dense"
-    assert part(explanation, "norm").why_not == "no kernel yet"
+    assert part(explanation, "drop").why_not == "no kernel yet"
     assert part(explanation, "").why_not == "its own code"
 
 

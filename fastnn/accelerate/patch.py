@@ -16,12 +16,12 @@ from .survey import Finding, survey
 
 
 def accelerate(model: Module, *, example_inputs: Any = None, freeze: bool = False) -> Report:
-    """Runs the model's linear, softmax and activation layers on fastnn's kernels, in place and reversibly.
+    """Runs the model's linear, softmax, norm and activation layers on fastnn's kernels, in place and reversibly.
 
     The model stays the same object with the same parameters, buffers, `state_dict` keys, ties and hooks; only the
-    classes of some of its modules change, to subclasses of what they were. `torch.nn.Linear`, `Softmax` and
-    `LogSoftmax` become fastnn's; subclasses of them are left alone. A linear layer and the activation that alone
-    uses its result run as one kernel where torch.fx can trace the smallest module whose forward calls both, and
+    classes of some of its modules change, to subclasses of what they were. `torch.nn.Linear`, `Softmax`, `LogSoftmax`,
+    `LayerNorm` and `RMSNorm` become fastnn's; subclasses of them are left alone. A linear layer and the activation that
+    alone uses its result run as one kernel where torch.fx can trace the smallest module whose forward calls both, and
     neither has hooks; a call that the trace does not cover runs the original forward.
 
     Args:

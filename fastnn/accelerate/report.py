@@ -110,7 +110,7 @@ class Report:
     """
 
     entries: tuple[Entry, ...]
-    """Every linear, softmax and activation layer of the model, in the model's order."""
+    """Every linear, softmax, norm and activation layer of the model, in the model's order."""
     verification: str
     """What was checked, or 'unverified' and why."""
     verified: bool

@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import _dispatch, _extension
-from ..nn import CrossEntropyLoss, Linear, LogSoftmax, MultiheadAttention, Softmax
+from ..nn import CrossEntropyLoss, LayerNorm, Linear, LogSoftmax, MultiheadAttention, RMSNorm, Softmax
 from . import activations, attention
 from .fuse import LINEAR, Pair, read
 from .fused import STATE, Fusion, fused_class, why_not_fused
@@ -23,6 +23,8 @@ _SWAPPED: dict[type[Module], tuple[type[Module], str]] = {
     nn.LogSoftmax: (LogSoftmax, "softmax"),
     nn.CrossEntropyLoss: (CrossEntropyLoss, "cross_entropy"),
     nn.MultiheadAttention: (MultiheadAttention, "attention"),
+    nn.LayerNorm: (LayerNorm, "norm"),
+    nn.RMSNorm: (RMSNorm, "norm"),
 }
 """Layers that only change their class, and the op that runs them."""
 FASTNN = (Linear, *(ours for ours, _ in _SWAPPED.values()))
@@ -31,7 +33,7 @@ FASTNN = (Linear, *(ours for ours, _ in _SWAPPED.values()))
 
 @dataclass
 class Finding:
-    """One linear, softmax, attention, loss or activation layer: what can be done with it, or why nothing."""
+    """One linear, softmax, norm, attention, loss or activation layer: what can be done with it, or why nothing."""
 
     name: str
     module: Module
