@@ -191,7 +191,7 @@ def _outlook(module: Module, found: Finding | None) -> tuple[str, str, str]:
     if not found.backend or (found.patch is None and type(module) not in FASTNN):
         return "", "", found.reason
     kernel = "reference" if found.backend == "reference" else f"{found.op}_fwd"
-    return kernel + (f" + {found.activation}" if found.fusion else ""), found.backend, ""
+    return kernel + (f" + {found.activation or 'sum'}" if found.fusion else ""), found.backend, ""
 
 
 _Like = tuple[torch.Size, torch.dtype]

@@ -1,8 +1,10 @@
-"""Finding and fusing a linear layer with the activation that alone uses its result, in the forward that calls both."""
+"""Finding and fusing what one kernel can run, in the forward that calls both: a linear layer and the activation that
+alone uses its result, a sum and the norm that alone uses it."""
 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +14,20 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import Module
 
-from ..nn import Linear
+from ..nn import LayerNorm, Linear, RMSNorm
 from ..ops.linear import ACTIVATIONS, linear_maybe_packed
+from ..ops.norm import add_layer_norm, add_rms_norm
 from . import activations
 from .purity import ABSENT, Guard
 from .trace import Trace, containers, hooked, trace
 
 LINEAR = (torch.nn.Linear, Linear)
-"""The exact classes whose calls are fused."""
+"""The exact classes whose calls are fused with an activation."""
+
+NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, LayerNorm, RMSNorm)
+"""The exact classes whose calls are fused with the sum before them."""
+
+_SUMS = (operator.add, torch.add)
 
 
 @dataclass(frozen=True)
@@ -38,23 +46,36 @@ class Pair:
     """The layer's call in the graph."""
 
 
+@dataclass(frozen=True)
+class Sum:
+    """A sum of two tensors and the call of a norm that alone uses it."""
+
+    norm: str
+    """Path of the norm from the module that calls it."""
+    call: Node
+    """The norm's call in the graph."""
+
+
 @dataclass
 class Reading:
-    """What one module's forward does with the linear layers it calls."""
+    """What one module's forward does with the linear layers and norms it calls."""
 
     traced: Trace | None
     untraced: str
     """Why the forward could not be read; empty where it was."""
     pairs: list[Pair] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
     notes: list[tuple[str, str | None, str]] = field(default_factory=list)
     """(path of a linear layer, path of the activation module that follows, why this call is not fused)."""
 
 
 def read(module: Module, training: bool) -> Reading:
-    """The pairs that a module's forward calls in training or evaluation, and the calls that are in none."""
+    """The pairs and sums that a module's forward calls in training or evaluation, and the calls that are in none."""
     traced, reason = trace(module, training)
     found = Reading(traced, reason)
     for node in traced.graph.nodes if traced else ():
+        if _is_norm_of_sum(module, node):
+            found.sums.append(Sum(node.target, node))
         if node.op == "call_module" and type(layer := module.get_submodule(node.target)) in LINEAR:
             matches = [match for user in node.users if (match := _activation(module, user, node))]
             if not matches:
@@ -96,6 +117,40 @@ def _activation(module: Module, user: Node, node: Node) -> tuple[str | None, str
     else:
         name, written = activations.of_function(target, rest, kwargs), f"{getattr(target, '__name__', target)}()"
     return (None, name, written) if name else None
+
+
+def _is_norm_of_sum(module: Module, node: Node) -> bool:
+    if node.op != "call_module" or node.kwargs or len(node.args) != 1:
+        return False
+    norm, (total,) = module.get_submodule(str(node.target)), node.args
+    if type(norm) not in NORMS or hooked(norm) or len(vars(norm)["normalized_shape"]) != 1:
+        return False
+    if not isinstance(total, Node) or len(total.users) != 1:
+        return False
+    plain = total.op == "call_function" and total.target in _SUMS and not total.kwargs and len(total.args) == 2
+    return plain and all(isinstance(summand, Node) for summand in total.args)
+
+
+def norm_of_sum(norm: Module, input: Any, residual: Any) -> Any:
+    """`norm(input + residual)` in one kernel, as long as the norm is still what it was and the summands are alike."""
+    if (
+        type(norm) in (LayerNorm, RMSNorm)
+        and "forward" not in vars(norm)
+        and not hooked(norm)
+        and _are_rows(input, residual, norm.normalized_shape)
+    ):
+        if isinstance(norm, LayerNorm):
+            return add_layer_norm(input, residual, norm.weight, norm.bias, norm.eps)[0]
+        return add_rms_norm(input, residual, norm.weight, norm.eps)[0]  # type: ignore[arg-type]
+    return norm(input + residual)
+
+
+def _are_rows(input: Any, residual: Any, row: Any) -> bool:
+    """Whether the sum is over tensors of one kind, whose last dimension the norm is over."""
+    if not isinstance(input, Tensor) or not isinstance(residual, Tensor) or not input.dtype.is_floating_point:
+        return False
+    alike = input.shape == residual.shape and input.dtype == residual.dtype and input.device == residual.device
+    return alike and len(row) == 1 and input.shape[-1:] == row
 
 
 def linear_act(linear: Module, act: Module | None, activation: str, input: Tensor) -> Tensor:
@@ -155,9 +210,9 @@ class Plan:
 
 
 def make_plan(module: Module, training: bool) -> Plan | None:
-    """The module's forward with its pairs in one call each; None where there are none in this mode."""
+    """The module's forward with each pair and sum in one call; None where there are none in this mode."""
     reading = read(module, training)
-    if reading.traced is None or not reading.pairs:
+    if reading.traced is None or not (reading.pairs or reading.sums):
         return None
     graph, guards = reading.traced.graph, list(reading.traced.guards)
     for pair in reading.pairs:
@@ -167,6 +222,8 @@ def make_plan(module: Module, training: bool) -> Plan | None:
             guards += [
                 Guard(act, key, value) for key, value in vars(act).items() if key[0] != "_" and key != "training"
             ]
+    for found in reading.sums:
+        _rewrite_sum(graph, found)
     written = graph.python_code("self")
     scope = dict(written.globals)
     exec(compile(written.src, f"<{type(module).__name__}.forward, fused by fastnn>", "exec"), scope)
@@ -186,3 +243,13 @@ def _rewrite(graph: torch.fx.Graph, pair: Pair) -> None:
     user.replace_all_uses_with(fused)
     graph.erase_node(user)
     graph.erase_node(pair.call)
+
+
+def _rewrite_sum(graph: torch.fx.Graph, found: Sum) -> None:
+    (total,) = found.call.all_input_nodes
+    with graph.inserting_before(found.call):
+        norm = graph.get_attr(found.norm)
+        fused = graph.call_function(norm_of_sum, (norm, *total.args))
+    found.call.replace_all_uses_with(fused)
+    graph.erase_node(found.call)
+    graph.erase_node(total)

@@ -21,8 +21,9 @@ def accelerate(model: Module, *, example_inputs: Any = None, freeze: bool = Fals
     The model stays the same object with the same parameters, buffers, `state_dict` keys, ties and hooks; only the
     classes of some of its modules change, to subclasses of what they were. `torch.nn.Linear`, `Softmax`, `LogSoftmax`,
     `LayerNorm` and `RMSNorm` become fastnn's; subclasses of them are left alone. A linear layer and the activation that
-    alone uses its result run as one kernel where torch.fx can trace the smallest module whose forward calls both, and
-    neither has hooks; a call that the trace does not cover runs the original forward.
+    alone uses its result, or a sum and the norm that alone uses it, run as one kernel where torch.fx can trace the
+    smallest module whose forward calls both, and neither has hooks; a call that the trace does not cover runs the
+    original forward.
 
     Args:
         model: any module, float32, bfloat16 or float16 (what has another type or device is left alone, and reported).
@@ -124,7 +125,7 @@ def _entry(found: Finding, changes: _Changes) -> Entry:
         became, reason = f"in {_label(found.feeder.name)}", f"fused in {found.where}"
     else:
         became = "fastnn.Linear" if found.op == "linear" else f"fastnn.{found.was}"
-        became += f" + {found.activation}" if fused else ""
+        became += f" + {found.activation or 'sum'}" if fused else ""
         reason = f"fused with {found.partner} in {found.where}" if fused else found.note
         if lost:
             reason = f"not fused: undone, {lost[0]}"

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from .. import _dispatch, _extension
 from ..nn import CrossEntropyLoss, LayerNorm, Linear, LogSoftmax, MultiheadAttention, RMSNorm, Softmax
 from . import activations, attention
-from .fuse import LINEAR, Pair, read
+from .fuse import LINEAR, NORMS, Pair, Reading, read
 from .fused import STATE, Fusion, fused_class, why_not_fused
 from .report import Patch
 from .trace import Fused, containers
@@ -98,7 +98,7 @@ def survey(model: Module, freeze: bool = False) -> Survey:
             findings[module] = found
     fusions = []
     for _, module in reversed(modules):  # inner ones first: a pair belongs to the smallest module that calls both
-        if _calls_linear_layers(module):
+        if _calls(module, (*LINEAR, *NORMS)):
             fusion = _look_for_pairs(module, findings)
             if fusion is not None:
                 fusions.append(fusion)
@@ -185,11 +185,11 @@ def _encoder_layer(found: Finding, layer: nn.TransformerEncoderLayer, sample: Te
     return found
 
 
-def _calls_linear_layers(module: Module) -> bool:
-    """Whether the module has a forward, and reaches some linear layer through containers alone."""
+def _calls(module: Module, kinds: tuple[type[Module], ...]) -> bool:
+    """Whether the module has a forward, and reaches some layer of these classes through containers alone."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, *LINEAR)):
         return False
-    return any(type(child) in LINEAR for child in _reached(module))
+    return any(type(child) in kinds for child in _reached(module))
 
 
 def _reached(module: Module) -> Iterator[Module]:
@@ -198,7 +198,7 @@ def _reached(module: Module) -> Iterator[Module]:
 
 
 def _look_for_pairs(parent: Module, findings: dict[Module, Finding]) -> Patch | None:
-    """Notes what `parent`'s forward does with its linear layers; the change of `parent` where it fuses some."""
+    """Notes what `parent`'s forward does with linear layers and norms; the change of `parent` where it fuses some."""
     reading = read(parent, parent.training)
     kind = type(parent).__name__
     where = f"{kind}.forward"
@@ -206,7 +206,7 @@ def _look_for_pairs(parent: Module, findings: dict[Module, Finding]) -> Patch | 
         for found in filter(None, map(findings.get, _reached(parent))):
             if found.op == "linear":
                 found.note = found.note or f"{kind}: {reading.untraced}"
-            elif not found.op and found.activation and not found.fusion:
+            elif not found.op and found.activation and not found.fusion and _calls(parent, LINEAR):
                 found.reason = f"{kind}: {reading.untraced}"
         return None
     for path, follower, note in reading.notes:
@@ -227,7 +227,16 @@ def _look_for_pairs(parent: Module, findings: dict[Module, Finding]) -> Patch | 
         patch = patch or Patch(parent, fused_class(type(parent)), {STATE: Fusion()})
         layer.fusion, layer.activation, layer.partner, layer.where = patch, pair.activation, pair.written, where
         act.fusion, act.feeder, act.partner, act.where = patch, layer, pair.linear, where
+    for norm in [] if obstacle else _norms_of_sums(parent, reading, findings):
+        patch = patch or Patch(parent, fused_class(type(parent)), {STATE: Fusion()})
+        norm.fusion, norm.partner, norm.where = patch, "the sum before it", where
     return patch
+
+
+def _norms_of_sums(parent: Module, reading: Reading, findings: dict[Module, Finding]) -> list[Finding]:
+    """The norms that a kernel will run together with a sum; those that fastnn leaves alone are not among them."""
+    norms = [findings[parent.get_submodule(found.norm)] for found in reading.sums]
+    return [norm for norm in norms if norm.patch is not None or (norm.backend and type(norm.module) in FASTNN)]
 
 
 def _inside_a_container(parent: Module, pair: Pair) -> bool:
