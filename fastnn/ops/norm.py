@@ -222,7 +222,7 @@ def _norm(
     if torch.is_grad_enabled():
         for tensor in (input, residual, weight, bias):
             if tensor is not None and tensor.requires_grad:
-                return NormFunction.apply(input, residual, weight, bias, options, backend)  # type: ignore[no-untyped-call, no-any-return]
+                return NormFunction.apply(input, residual, weight, bias, options, backend)  # type: ignore[no-untyped-call]
     output, total, _ = _dispatch.KERNELS["norm"][backend].fwd(input, residual, weight, bias, *options, False, True)
     return output, total
 

@@ -330,6 +330,7 @@ PYTHON_FAULTS = [
 ]
 
 CROSS_ENTROPY, ATTENTION = "csrc/cpu/kernels/cross_entropy.h", "csrc/cpu/kernels/attention.h"
+ATTENTION_OPERANDS, ATTENTION_SCORES = "csrc/cpu/kernels/attention_operands.h", "csrc/cpu/kernels/attention_scores.h"
 ATTENTION_BWD = "csrc/cpu/kernels/attention_bwd.h"
 
 LOSS_FAULTS = [
@@ -422,7 +423,7 @@ ATTENTION_FAULTS = [
     ),
     Fault(
         "attention: the left edge of a window is one key too far",
-        ATTENTION,
+        ATTENTION_SCORES,
         "to = left ? key + p.window_left : kQueries;",
         "to = left ? key + p.window_left + 1 : kQueries;",
         cell("attention-fp32-{isa}-contiguous"),
@@ -450,7 +451,7 @@ ATTENTION_FAULTS = [
     ),
     Fault(
         "attention: grouped query heads are dealt out in turns",
-        ATTENTION,
+        ATTENTION_OPERANDS,
         "t.kv_head = head / (p.H / p.H_kv);",
         "t.kv_head = head % p.H_kv;",
         ("tests/test_ops_sweep.py::test_sweep_everywhere[attention-wide_grouped-{isa}]",),
@@ -464,7 +465,7 @@ ATTENTION_FAULTS = [
     ),
     Fault(
         "attention: dropped weights stay in the output",
-        ATTENTION,
+        ATTENTION_SCORES,
         "x[j * stride] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;",
         "x[j * stride] *= keep_scale;",
         ("tests/test_ops_attention.py::TestDropout",),
@@ -478,7 +479,7 @@ ATTENTION_FAULTS = [
     ),
     Fault(
         "attention: a mask of one row per batch entry is read at the first entry's",
-        ATTENTION,
+        ATTENTION_SCORES,
         "mask += t.b * p.mask_strides[0] + t.head * p.mask_strides[1] +",
         "mask += t.head * p.mask_strides[1] +",
         cell("attention-fp32-{isa}-contiguous"),
@@ -499,7 +500,7 @@ ATTENTION_FAULTS = [
     ),
     Fault(
         "attention: a window that begins at an odd key splits a pair",
-        ATTENTION,
+        ATTENTION_OPERANDS,
         "t.key_begin / Dot::kPerUnit * Dot::kPerUnit : t.key_end;",
         "t.key_begin : t.key_end;",
         ("tests/test_ops_attention.py::test_windows_that_begin_at_any_key[avx512_bf16]",),
@@ -507,7 +508,7 @@ ATTENTION_FAULTS = [
     ),
     Fault(
         "attention: the last odd key meets the weights of a key that is not there",
-        ATTENTION,
+        ATTENTION_OPERANDS,
         "j + 1 < keys ? load(x + (j + 1) * kQueries + r) : zero();",
         "load(x + (j + 1) * kQueries + r);",
         cell("attention-bf16-avx512_bf16-contiguous", "attention-bf16-avx512_bf16-tail"),
@@ -515,7 +516,7 @@ ATTENTION_FAULTS = [
     ),
     Fault(
         "attention: the scale is applied to pairs before and inside the exponential",
-        ATTENTION,
+        ATTENTION_SCORES,
         "? ScoreScale{p.scale, 1.f} :",
         "? ScoreScale{p.scale, p.scale} :",
         cell("attention-bf16-avx512_bf16-contiguous"),

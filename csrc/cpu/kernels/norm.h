@@ -2,10 +2,10 @@
 // cache: its moments, then the result. RMS norm is layer norm about 0, without a mean to take and
 // without a bias. All arithmetic in float32, whatever the storage type.
 //
-// The moments are taken about a pivot near the mean, the row's first element: differences from it
-// are exact where a row lies far from zero, and a constant row gives exactly 0. Where the pivot was
-// an outlier, or a square leaves float32's range, they are taken again about the mean, at another
-// scale.
+// The moments are taken about a pivot near the mean, the mean of the row's first elements:
+// differences from it are exact where a row lies far from zero, and a constant row gives exactly 0.
+// Where they were outliers, or a square leaves float32's range, the moments are taken again about
+// the mean, at another scale.
 #pragma once
 #include "cpu/kernels/rows.h"
 #include "params/norm.h"
@@ -89,9 +89,15 @@ __attribute__((noinline)) Normaliser normaliser_again(const Row& row, int64_t n,
   return {pivot / unit, rstd * unit, -m.mean * rstd, (pivot + m.mean) / unit};
 }
 
+// Of one vector, whose sum of equal elements is exact, or the first element of shorter rows.
+template <class Row>
+FASTNN_INLINE float mean_of_first(const Row& row, int64_t n) {
+  return n < kLanes ? row.at(0, 1)[0] : sum_lanes(row.at(0, kLanes)) * (1.f / kLanes);
+}
+
 template <bool kRms, class Row>
 FASTNN_INLINE Normaliser normaliser(const Row& row, int64_t n, float eps) {
-  const float pivot = kRms ? 0.f : row.at(0, 1)[0];
+  const float pivot = kRms ? 0.f : mean_of_first(row, n);
   const Moments m = row_moments<kRms, false>(row, n, pivot, 1.f);
   const float variance = m.variance();
   // An eighth: more than that and the difference of the two would lose digits.

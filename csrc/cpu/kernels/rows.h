@@ -12,20 +12,22 @@ FASTNN_INLINE Vec load_some(const T* p, int count) {
 }
 
 // N sums over a row at once: f(i, count, sums) adds the terms of elements [i, i + count), nothing
-// in the other lanes. Four chains hide the latency; each block starts from zero, so that rounding
-// errors grow with the block's length and not with the row's.
+// in the other lanes. Four chains hide the latency; each block starts from zero, and long rows have
+// 64 blocks, so that rounding errors grow with a block's length and the number of blocks and not
+// with the row's length.
 template <int N>
 struct RowSums {
   float sum[N];
 };
 template <int N, class F>
 FASTNN_INLINE RowSums<N> row_sums(int64_t n, F f) {
-  constexpr int64_t kBlock = 64 * kLanes;
+  constexpr int64_t kLeast = 64 * kLanes, kStep = 4 * kLanes;
+  const int64_t block = n <= 64 * kLeast ? kLeast : n / 64 / kStep * kStep;
   Vec total[N];
   FASTNN_UNROLL for (int t = 0; t < N; ++t) total[t] = zero();
   int64_t i = 0;
   while (i + 4 * kLanes <= n) {
-    const int64_t stop = i + kBlock < n ? i + kBlock : n;
+    const int64_t stop = i + block < n ? i + block : n;
     Vec s[4][N];
     FASTNN_UNROLL for (int k = 0; k < 4; ++k) {
       FASTNN_UNROLL for (int t = 0; t < N; ++t) s[k][t] = zero();

@@ -1,0 +1,145 @@
+// From products to scores: scale, cap, mask, window; and what dropout does to weights.
+#pragma once
+#include "cpu/kernels/attention_operands.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/philox.h"
+
+namespace fastnn {
+namespace {
+
+// How the scale meets the scores. float32 queries are scaled as they are packed. Pairs stay exact:
+// their scores are scaled inside the exponential where nothing comes in between (-inf stays -inf),
+// else before it.
+struct ScoreScale {
+  float first, inside;
+};
+template <class Dot>
+FASTNN_INLINE ScoreScale score_scale(const AttentionParams& p) {
+  if (Dot::kPerUnit == 1) return {1.f, 1.f};
+  const bool between = p.softcap != 0.f || p.mask_kind != MaskKind::kNone || !(p.scale > 0.f);
+  return between ? ScoreScale{p.scale, 1.f} : ScoreScale{1.f, p.scale};
+}
+inline void scale_scores(float factor, int64_t keys, int64_t width, float* s) {
+  if (factor == 1.f) return;
+  for (int64_t j = 0; j < keys; ++j) {
+    for (int64_t r = 0; r < width; r += kLanes)
+      store(s + j * kQueries + r, load(s + j * kQueries + r) * factor);
+  }
+}
+
+// An element of a boolean mask: what it adds to a score is 0 where it is set, else -inf.
+struct MaskByte {
+  uint8_t set;
+};
+FASTNN_INLINE float to_float(MaskByte m) { return m.set != 0 ? 0.f : -__builtin_inff(); }
+// Calls f(elements) where there is a mask.
+template <class F>
+FASTNN_INLINE void with_mask(const AttentionParams& p, F f) {
+  if (p.mask_kind == MaskKind::kBool) {
+    f(static_cast<const MaskByte*>(p.mask));
+  } else if (p.mask_kind == MaskKind::kAdditive) {
+    with_type(p.mask_dtype, [&](auto type) { f(static_cast<const decltype(type)*>(p.mask)); });
+  }
+}
+template <class M>
+FASTNN_INLINE Vec load_mask(const M* m, int count) {
+  if constexpr (__is_same(M, MaskByte)) {
+    Bytes bytes = {};
+    if (count == kLanes) {
+      std::memcpy(&bytes, m, sizeof bytes);
+    } else {
+      std::memcpy(&bytes, m, (size_t)count);
+    }
+    return select((IVec)(widen(bytes) == UVec{}), splat(-__builtin_inff()), zero());
+  } else {
+    return load_some(m, count);
+  }
+}
+
+// Adds the mask to scores s [key][kQueries] of keys [j0, j0 + keys).
+template <class M>
+inline void add_mask(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys,
+                     const M* mask, float* s) {
+  const int64_t by_query = p.mask_strides[2], by_key = p.mask_strides[3];
+  mask += t.b * p.mask_strides[0] + t.head * p.mask_strides[1] + t.first * by_query + j0 * by_key;
+  const int64_t width = t.strips * kStrip;
+  if (by_query == 0) {  // the same for all queries: padding
+    for (int64_t j = 0; j < keys; ++j) {
+      const Vec m = splat(to_float(mask[j * by_key]));
+      for (int64_t r = 0; r < width; r += kLanes)
+        store(s + j * kQueries + r, load(s + j * kQueries + r) + m);
+    }
+  } else if (by_key == 1) {  // keys next to each other: turned as the scores are
+    for (int64_t r0 = 0; r0 < t.rows; r0 += kLanes) {
+      for (int64_t j = 0; j < keys; j += kLanes) {
+        const int count = keys - j < kLanes ? (int)(keys - j) : kLanes;
+        Vec m[kLanes];
+        FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) {
+          m[i] = r0 + i < t.rows ? load_mask(mask + (r0 + i) * by_query + j, count) : zero();
+        }
+        transpose(m);
+        float* const at = s + j * kQueries + r0;
+        for (int k = 0; k < count; ++k) store(at + k * kQueries, load(at + k * kQueries) + m[k]);
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t r = 0; r < t.rows; ++r)
+        s[j * kQueries + r] += to_float(mask[r * by_query + j * by_key]);
+    }
+  }
+}
+
+// Scores s [key][kQueries] of keys [j0, j0 + keys) become capped, masked scores; slope (same
+// layout) receives the cap's derivative where one is wanted.
+inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys,
+                          float* s, float* slope) {
+  const int64_t width = t.strips * kStrip;
+  if (p.softcap != 0.f) {
+    for (int64_t j = 0; j < keys; ++j) {
+      for (int64_t r = 0; r < width; r += kLanes) {
+        const Vec h = tanh(load(s + j * kQueries + r) * (1.f / p.softcap));
+        store(s + j * kQueries + r, h * p.softcap);
+        if (slope != nullptr) store(slope + j * kQueries + r, fma(-h, h, splat(1.f)));
+      }
+    }
+  }
+  with_mask(p, [&](const auto* mask) { add_mask(p, t, j0, keys, mask, s); });
+  const bool left = p.window_left >= 0 && t.first + t.rows - 1 - p.window_left > j0;
+  const bool right = p.window_right >= 0 && t.first + p.window_right < j0 + keys - 1;
+  if (!left && !right) return;
+  for (int64_t j = 0; j < keys; ++j) {
+    const int64_t key = j0 + j - t.first;  // relative to the tile's first query
+    // Visible to queries r with r - window_left <= key <= r + window_right.
+    const int64_t from = right ? key - p.window_right : 0,
+                  to = left ? key + p.window_left : kQueries;
+    for (int64_t r = 0; r < width; ++r) {
+      if (r < from || r > to) s[j * kQueries + r] = -__builtin_inff();
+    }
+  }
+}
+
+// Multiplies the weights x of one query, `stride` apart for keys j0, j0 + 1, ..., by 0 (dropped) or
+// 1 / (1 - dropout), by their positions in (B, H, S_q, S_k). One counter gives four neighbouring
+// keys.
+inline void drop_query(const AttentionParams& p, int64_t b, int64_t head, int64_t query, int64_t j0,
+                       int64_t keys, float* x, int64_t stride) {
+  const float keep_scale = 1.f / (1.f - p.dropout);
+  const uint64_t threshold = (uint64_t)((double)p.dropout * 4294967296.0);
+  const uint64_t groups = (uint64_t)(p.S_k + 3) / 4;
+  const uint64_t row = (uint64_t)((b * p.H + head) * p.S_q + query) * groups;
+  for (int64_t j = 0; j < keys;) {
+    const Philox4 random = philox(p.seed, row + (uint64_t)(j0 + j) / 4);
+    do {
+      x[j * stride] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;
+      ++j;
+    } while (j < keys && (j0 + j) % 4 != 0);
+  }
+}
+inline void drop(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys, float* x) {
+  for (int64_t r = 0; r < t.rows; ++r)
+    drop_query(p, t.b, t.head, t.first + r, j0, keys, x + r, kQueries);
+}
+
+}  // namespace
+}  // namespace fastnn
