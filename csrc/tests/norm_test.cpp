@@ -36,11 +36,10 @@ TEST(every_row_length_and_misalignment) {
     for (w.columns = 0; w.columns <= 2 * 64 + 1; ++w.columns) {
       w.row_stride = w.columns;
       w.parameter_dtype = w.columns % 2 == 0 ? w.dtype : DType::kFloat32;
-      for (const int64_t offset : {0, 1, 3}) {
-        const Flush flush = offset == 1 ? Flush::kStart : Flush::kEnd;
-        check_forward(w, flush, offset);
-        check_backward(w, flush, offset);
-      }
+      const int64_t offset = w.columns % 4;
+      const Flush flush = w.columns % 3 == 0 ? Flush::kStart : Flush::kEnd;
+      check_forward(w, flush, offset);
+      check_backward(w, flush, offset);
     }
   });
 }
@@ -60,7 +59,7 @@ TEST(strided_and_expanded_rows) {
 
 TEST(long_rows) {
   for_each_norm([](Where w) {
-    for (const int64_t columns : {4097, 131072}) {
+    for (const int64_t columns : {4097, 70000}) {  // 64 blocks of more than the least
       w.rows = 2;
       w.columns = w.row_stride = columns;
       check_forward(w);
@@ -84,7 +83,7 @@ TEST(rows_far_from_zero) {
   });
 }
 
-// The moments are taken about a row's first element: here it is far from all others.
+// The moments are taken about the mean of a row's first elements: here one is far from all others.
 TEST(first_element_is_an_outlier) {
   for_each_norm([](Where w) {
     w.columns = w.row_stride = 100;
