@@ -34,11 +34,12 @@ def test_fault_can_be_planted(fault):
     assert all((ROOT / test.split("::")[0]).exists() for test in fault.caught_by)
 
 
-def test_every_fault_is_caught(extension, capsys):
+@pytest.mark.parametrize("every", [pytest.param(1, id="all", marks=pytest.mark.slow), pytest.param(3, id="each third")])
+def test_every_fault_is_caught(every, extension, capsys):
     lacking = [tool for tool in ("cmake", "c++") if not shutil.which(tool, path=TOOLS)]
     if lacking:
         pytest.skip(f"planting faults compiles: {', '.join(lacking)} not on PATH")
-    command = [sys.executable, str(FOLDER / "plant.py"), "--jobs", "2"]
+    command = [sys.executable, str(FOLDER / "plant.py"), "--jobs", "2", "--every", str(every)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": TOOLS}, cwd=ROOT)
     with capsys.disabled():
         print("\n" + done.stdout.strip())

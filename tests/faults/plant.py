@@ -1,6 +1,6 @@
 """Plants the faults of faults.py one by one and demands that the suite catches each.
 
-    python tests/faults/plant.py [--jobs 2] [--only WORDS] [--keep FOLDER]
+    python tests/faults/plant.py [--jobs 2] [--only WORDS] [--every N] [--keep FOLDER]
 
 The tree is copied once per worker; in the copy one text is replaced, the C++ objects that depend on the file are
 compiled again without optimisation (2 to 8 seconds), linked with the others, and the tests that the fault names run
@@ -318,9 +318,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--jobs", type=int, default=2, help="workers (2)")
     parser.add_argument("--only", default="", help="only faults with this in their name or file")
+    parser.add_argument("--every", type=int, default=1, help="only each n-th of them")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     options = parser.parse_args()
-    faults = [replace(f) for f in FAULTS if options.only in f.name or options.only in f.file]
+    faults = [replace(f) for f in FAULTS if options.only in f.name or options.only in f.file][:: options.every]
     for fault in faults:
         mutated(fault)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="fastnn-faults-"))
