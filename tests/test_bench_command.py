@@ -55,7 +55,7 @@ def bench(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedP
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nothing"], ["'nothing'", "linear, softmax"]),
+        (["nothing"], ["'nothing'", "linear, norms, softmax"]),
         (["softmax", "nothing"], ["'nothing'"]),
         (["--only", "nothing"], ["'nothing'", "softmax_fwd/fp32"]),
         (["--with", "nobody"], ["'nobody'", "eager", "tuned"]),
@@ -223,6 +223,9 @@ def test_wrong_results_of_ours_end_with_status_1(monkeypatch, capsys, tmp_path):
         def visit(self, case, entrants, rounds, measured):
             measured.wrong["fastnn"] = "error 3 is above 1"
             measured.records["eager"] = Record(PLAIN, False, times=[1e-3] * 3)
+
+        def end_processes(self):
+            return None
 
     monkeypatch.setattr(campaign, "Session", Wrong)
     arguments = ["bench", "softmax", "--only", "fwd/fp32 (64", "--json", "--results", str(tmp_path)]
