@@ -116,7 +116,7 @@ def _each(name: str, layout: str, norm: _Norm, *, adds: bool = True, **options: 
 
 def _far_from_zero(norm: _Norm, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
     """A big common offset with small differences: a plain sum of squares loses the variance. The first element of a
-    row, about which the moments are taken, is an outlier in two of them."""
+    row, among those about which the moments are taken, is an outlier in two of them."""
     top = {torch.float16: 1024.0, torch.bfloat16: 128.0}.get(dtype, 1e4)
     inputs = norm.make(dtype, generator)
     values = top + torch.randint(0, 8, inputs["input"].shape, generator=generator)
@@ -181,11 +181,13 @@ def _matrix_cases() -> Iterator[Case]:
     yield from _each("one_long_row", "one_row", _Norm((1,), (4097,)))
     for rms in (False, True):
         norm = _Norm((6,), (40,), rms=rms)
-        yield _case("far_from_zero", "large_magnitude", norm, make=partial(_far_from_zero, norm))
+        for summed in (norm, replace(norm, add=True)):
+            yield _case("far_from_zero", "large_magnitude", summed, make=partial(_far_from_zero, summed))
         yield _case("huge", "large_magnitude", norm, make=partial(_huge, norm), bites=False)
         yield _case("constant", "large_magnitude", norm, make=partial(_constant, norm))
         norm = _Norm((9,), (37,), rms=rms)
-        yield _case("specials", "nonfinite", norm, make=partial(_nonfinite, norm), bites=False)
+        for summed in (norm, replace(norm, add=True)):
+            yield _case("specials", "nonfinite", summed, make=partial(_nonfinite, summed), bites=False)
 
 
 def _wide_cases() -> Iterator[Case]:
