@@ -12,7 +12,6 @@ namespace {
 constexpr int64_t kQueries = 48;  // of a tile: three strips
 constexpr int64_t kKeys =
     96;  // of a block: S^T is then 18 KiB; 64 .. 192 are within 3 % of each other
-constexpr int kQueryVecs = (int)kQueries / kLanes;
 
 // Rows of a head as float32: in place where they are float32, else from the widened copy.
 struct FloatRows {
@@ -25,7 +24,7 @@ FASTNN_INLINE const T* head_data(const Heads& h, int64_t b, int64_t head) {
   return static_cast<const T*>(h.data) + b * h.batch_stride + head * h.head_stride;
 }
 
-inline int64_t padded_features(int64_t d) { return (d + kStrip - 1) / kStrip * kStrip; }
+inline int64_t padded_features(int64_t d) { return round_up(d, kStrip); }
 // Words between rows of a prepared copy: not a multiple of 4 KiB, or all rows share a set of L1.
 inline int64_t prepared_stride(int64_t d) { return padded_features(d) + kStrip; }
 
