@@ -51,8 +51,8 @@ void prepare_output(void* p, int64_t bytes, int64_t huge_from) {
   if (poison()) std::memset(p, 0xff, static_cast<size_t>(bytes));
 }
 
-bool streams(const void* out, int64_t rows, int64_t row_bytes) {
-  return rows * row_bytes >= kStreamFromBytes && row_bytes % 64 == 0 &&
+bool streams(const void* out, int64_t rows, int64_t row_bytes, int64_t tensors) {
+  return rows * row_bytes * tensors >= kStreamFromBytes && row_bytes % 64 == 0 &&
          reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 

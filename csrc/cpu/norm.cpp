@@ -64,8 +64,9 @@ void add_chunks(const float* sums, int64_t chunks, int64_t n, DType dtype, void*
 void norm_fwd(const NormParams& given) {
   NormParams p = given;
   const int64_t row_bytes = p.columns * element_bytes(p.dtype);
-  p.stream = streams(p.y, p.rows, row_bytes) &&
-             (p.total == nullptr || streams(p.total, p.rows, row_bytes));
+  const int64_t tensors = p.total == nullptr ? 2 : 4;
+  p.stream = streams(p.y, p.rows, row_bytes, tensors) &&
+             (p.total == nullptr || streams(p.total, p.rows, row_bytes, tensors));
   const KernelTable& table = kernels();
   record_run("norm_fwd", table.isa);
   if (p.rows == 0 || p.columns == 0) return;
@@ -78,7 +79,8 @@ void norm_fwd(const NormParams& given) {
 
 void norm_bwd(const NormBwdParams& given) {
   NormBwdParams p = given;
-  p.stream = p.dx != nullptr && streams(p.dx, p.rows, p.columns * element_bytes(p.dtype));
+  p.stream = p.dx != nullptr && streams(p.dx, p.rows, p.columns * element_bytes(p.dtype),
+                                        p.d_total == nullptr ? 3 : 4);
   const KernelTable& table = kernels();
   record_run("norm_bwd", table.isa);
   const int64_t n = p.columns;

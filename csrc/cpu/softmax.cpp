@@ -13,6 +13,10 @@ namespace {
 // Elements worth a thread of their own: about 5 us of work, against 3-5 us to wake one.
 constexpr int64_t kGrain = 16384;
 
+// A float32 result that stays in the last-level cache (32 MiB) is better not streamed: its rows
+// hold their own exponentials, which otherwise go through a buffer.
+constexpr int64_t kStreamFloat32FromBytes = int64_t{21} << 20;
+
 int64_t items_per_grain(int64_t elements, int64_t items) {
   return items == 0 ? 1 : std::max<int64_t>(1, kGrain * items / std::max<int64_t>(1, elements));
 }
@@ -21,7 +25,9 @@ int64_t items_per_grain(int64_t elements, int64_t items) {
 
 void softmax_fwd(const SoftmaxParams& given) {
   SoftmaxParams p = given;
-  p.stream = p.inner == 1 && streams(p.y, p.outer, p.cols * element_bytes(p.y_dtype));
+  const int64_t row_bytes = p.cols * element_bytes(p.y_dtype);
+  p.stream = p.inner == 1 && streams(p.y, p.outer, row_bytes, 2) &&
+             (p.y_dtype != DType::kFloat32 || p.outer * row_bytes >= kStreamFloat32FromBytes);
   const KernelTable& table = kernels();
   record_run("softmax_fwd", table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;
@@ -38,7 +44,7 @@ void softmax_fwd(const SoftmaxParams& given) {
 
 void softmax_bwd(const SoftmaxBwdParams& given) {
   SoftmaxBwdParams p = given;
-  p.stream = p.inner == 1 && streams(p.dx, p.outer, p.cols * element_bytes(p.dx_dtype));
+  p.stream = p.inner == 1 && streams(p.dx, p.outer, p.cols * element_bytes(p.dx_dtype), 3);
   const KernelTable& table = kernels();
   record_run("softmax_bwd", table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;

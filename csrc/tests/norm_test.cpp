@@ -199,7 +199,7 @@ TEST(same_bits_with_any_number_of_threads) {
 TEST(results_written_past_the_caches) {
   for_each_norm([](Where w) {
     w.columns = w.row_stride = 2048;
-    w.rows = kStreamFromBytes / (w.columns * element_bytes(w.dtype)) + 1;
+    w.rows = kStreamFromBytes / (2 * w.columns * element_bytes(w.dtype)) + 1;
     const int64_t row_bytes = w.columns * element_bytes(w.dtype);
     const Scratch memory(w.rows * row_bytes * 5 + 64);
     char* const base = static_cast<char*>(memory.get());
@@ -225,7 +225,7 @@ TEST(results_written_past_the_caches) {
                     1e-5f,
                     w.rms};
     norm_fwd(p);
-    CHECK(streams(p.y, w.rows, row_bytes), "%s: not large enough", w.isa);
+    CHECK(streams(p.y, w.rows, row_bytes, 2), "%s: not large enough", w.isa);
     p.rows = 1;
     p.y = tensor(3);
     if (w.add) p.total = tensor(4);
