@@ -42,7 +42,9 @@ demo: $(STAMPS)/extension $(STAMPS)/extra-demo $(STAMPS)/model
 	@$(PY) -m fastnn demo $(DEMO_ARGS)
 
 test: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
-	@$(ENV) $(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(ENV) $(PY) -m pytest -n auto --maxprocesses 8 -m "not slow and not alone" $(PYTEST_ARGS); side=$$?; \
+	$(ENV) $(PY) -m pytest -m "alone and not slow" $(PYTEST_ARGS); alone=$$?; \
+	case "$$side $$alone" in "0 0"|"0 5"|"5 0") ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS selects none of them
 
 test-slow: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
 	@$(ENV) $(PY) -m pytest -m slow $(PYTEST_ARGS)

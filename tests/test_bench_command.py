@@ -21,6 +21,8 @@ from fastnn.bench.results import load
 from fastnn.bench.session import Measured, Record
 from fastnn.testing.bench_cases import bench_cases, families, find_bench_case
 
+pytestmark = pytest.mark.alone  # measures time
+
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--rounds", "2", "--passes", "1", "--extra", "0"]
 

@@ -17,6 +17,8 @@ from fastnn.bench.session import Entrant, Measured, Record, Session, WorkerDied,
 from fastnn.bench.worker import Worker, calibrate, extra_memory, sample, settle, timed
 from fastnn.testing.bench_cases import find_bench_case
 
+pytestmark = pytest.mark.alone  # measures time
+
 FWD = "softmax_fwd/fp32 (64, 128)"
 FB = "linear+gelu_tanh_fb/fp32 (16, 100, 10)"
 

@@ -34,6 +34,7 @@ def test_fault_can_be_planted(fault):
     assert all((ROOT / test.split("::")[0]).exists() for test in fault.caught_by)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "every", [pytest.param(1, id="all", marks=pytest.mark.slow), pytest.param(2, id="each second")]
 )

@@ -29,6 +29,7 @@ def python(code: str, *options: str, **environment: str) -> subprocess.Completed
     )
 
 
+@pytest.mark.alone
 def test_import_adds_little_to_torch():
     code = "import torch, time; t = time.perf_counter(); import fastnn; print((time.perf_counter() - t) * 1e3)"
     times = []

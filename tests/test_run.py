@@ -15,6 +15,8 @@ from fastnn.bench.allocators import CANDIDATES, PLAIN, TUNED, owned
 from fastnn.bench.probe import SMALL, typical_time
 from fastnn.run import Choice, choice, choose, explanation, gain
 
+pytestmark = pytest.mark.alone  # measures time
+
 ROOT = Path(__file__).resolve().parent.parent
 
 TELL = """

@@ -15,6 +15,8 @@ import torch
 from fastnn import _dispatch, _extension, cli, testing
 from fastnn.verify import SECONDS, verify
 
+pytestmark = pytest.mark.alone  # measures time
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,11 +1,10 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/dispatch.h"
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/parameters.h"
 #include "cpu/record.h"
 
 namespace fastnn {
@@ -58,11 +57,10 @@ void run_gemm(const GemmParams& p, const KernelTable& table) {
   });
 }
 
-// Gradients of the pre-activation and of the bias. Chunks of rows have their own partial sums,
-// added in chunk order: the same bits for any number of threads.
+// Gradients of the pre-activation and of the bias. Chunks of rows have their own partial sums.
 void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
   const int64_t chunks = std::max<int64_t>(1, (p.M + kChunkRows - 1) / kChunkRows);
-  const Scratch partial(p.db != nullptr ? (chunks + 1) * p.N * 4 : 0);
+  const Scratch partial(p.db != nullptr ? chunks * p.N * 4 : 0);
   float* const sums = p.db != nullptr ? static_cast<float*>(partial.get()) : nullptr;
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, kChunkRows * p.N));
   parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
@@ -71,13 +69,7 @@ void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
                          sums ? sums + c * p.N : nullptr);
     }
   });
-  if (p.db == nullptr) return;
-  float* const total = sums + chunks * p.N;
-  std::memcpy(total, sums, static_cast<size_t>(p.N) * 4);
-  for (int64_t c = 1; c < chunks; ++c) {
-    for (int64_t n = 0; n < p.N; ++n) total[n] += sums[c * p.N + n];
-  }
-  table.from_float32(total, p.N, p.dy.dtype, p.db);
+  if (p.db != nullptr) add_chunks(table, sums, chunks, p.N, p.dy.dtype, p.db);
 }
 
 }  // namespace
@@ -86,8 +78,9 @@ void linear_fwd(const LinearParams& p) {
   const KernelTable& table = kernels();
   record_run(p.is_packed ? "linear_packed_fwd" : "linear_fwd", table.isa);
   if (p.M == 0 || p.N == 0) return;
-  const int64_t padded = round_up(p.N, kStrip);
-  const Scratch bias_memory(p.bias != nullptr ? padded * 4 : 0);
+  const bool biased = p.bias != nullptr;
+  const Parameter bias(table, p.bias, p.bias_stride, p.x.dtype, biased ? p.N : 0,
+                       biased ? round_up(p.N, kStrip) : 0, 0.f);
   GemmParams g = {};
   g.M = p.M;
   g.N = p.N;
@@ -97,12 +90,9 @@ void linear_fwd(const LinearParams& p) {
   g.b_packed = static_cast<const float*>(p.packed);
   g.c = p.y;
   g.c_dtype = p.x.dtype;
-  if (p.bias != nullptr) {
-    float* const bias = static_cast<float*>(bias_memory.get());
-    table.to_float32(p.bias, p.bias_stride, p.x.dtype, p.N, bias);
-    std::fill(bias + p.N, bias + padded, 0.f);
-    g.epilogue.steps[g.epilogue.count++] = {StepKind::kBias, Activation::kNone, bias, nullptr};
-  }
+  if (biased)
+    g.epilogue.steps[g.epilogue.count++] = {StepKind::kBias, Activation::kNone, bias.get(),
+                                            nullptr};
   if (p.pre != nullptr)
     g.epilogue.steps[g.epilogue.count++] = {StepKind::kStore, Activation::kNone, nullptr, p.pre};
   if (p.activation != Activation::kNone) {

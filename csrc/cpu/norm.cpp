@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
-#include "cpu/memory.h"
 #include "cpu/parallel.h"
+#include "cpu/parameters.h"
 #include "cpu/record.h"
 
 namespace fastnn {
@@ -23,42 +23,6 @@ int64_t chunk_rows(int64_t columns) {
   return std::clamp(kChunkElements / columns, kFewestRows, kMostRows);
 }
 
-// A parameter as neighbouring float32: itself, or a copy; filled where there is none.
-class Parameter {
- public:
-  Parameter(const void* data, int64_t stride, DType dtype, int64_t n, float missing,
-            const KernelTable& table)
-      : in_place_(data != nullptr && dtype == DType::kFloat32 && (stride == 1 || n == 1)),
-        memory_(in_place_ ? 0 : n * 4),
-        values_(static_cast<const float*>(in_place_ ? data : memory_.get())) {
-    if (in_place_) return;
-    auto* const copy = static_cast<float*>(memory_.get());
-    if (data == nullptr) {
-      std::fill(copy, copy + n, missing);
-    } else {
-      table.to_float32(data, stride, dtype, n, copy);
-    }
-  }
-  const float* get() const { return values_; }
-
- private:
-  bool in_place_;
-  Scratch memory_;
-  const float* values_;
-};
-
-// The chunks' partial sums, n floats each, added in chunk order.
-void add_chunks(const float* sums, int64_t chunks, int64_t n, DType dtype, void* result,
-                const KernelTable& table) {
-  const Scratch memory(n * 4);
-  auto* const total = static_cast<float*>(memory.get());
-  std::copy(sums, sums + n, total);
-  for (int64_t c = 1; c < chunks; ++c) {
-    for (int64_t i = 0; i < n; ++i) total[i] += sums[c * n + i];
-  }
-  table.from_float32(total, n, dtype, result);
-}
-
 }  // namespace
 
 void norm_fwd(const NormParams& given) {
@@ -70,8 +34,9 @@ void norm_fwd(const NormParams& given) {
   const KernelTable& table = kernels();
   record_run("norm_fwd", table.isa);
   if (p.rows == 0 || p.columns == 0) return;
-  const Parameter weight(p.weight, p.weight_stride, p.parameter_dtype, p.columns, 1.f, table);
-  const Parameter bias(p.bias, p.bias_stride, p.parameter_dtype, p.rms ? 0 : p.columns, 0.f, table);
+  const int64_t n = p.columns, biases = p.rms ? 0 : n;
+  const Parameter weight(table, p.weight, p.weight_stride, p.parameter_dtype, n, n, 1.f);
+  const Parameter bias(table, p.bias, p.bias_stride, p.parameter_dtype, biases, biases, 0.f);
   parallel_for(p.rows, row_grain(p.columns), [&](int64_t begin, int64_t end) {
     table.norm_fwd(p, weight.get(), bias.get(), begin, end);
   });
@@ -85,7 +50,7 @@ void norm_bwd(const NormBwdParams& given) {
   record_run("norm_bwd", table.isa);
   const int64_t n = p.columns;
   if (n == 0) return;
-  const Parameter weight(p.weight, p.weight_stride, p.parameter_dtype, n, 1.f, table);
+  const Parameter weight(table, p.weight, p.weight_stride, p.parameter_dtype, n, n, 1.f);
   if (p.dw == nullptr && p.db == nullptr) {
     parallel_for(p.rows, row_grain(n), [&](int64_t begin, int64_t end) {
       table.norm_bwd(p, weight.get(), begin, end, nullptr, nullptr);
@@ -102,8 +67,8 @@ void norm_bwd(const NormBwdParams& given) {
                      dw ? dw + c * n : nullptr, db ? db + c * n : nullptr);
     }
   });
-  if (dw != nullptr) add_chunks(dw, chunks, n, p.parameter_dtype, p.dw, table);
-  if (db != nullptr) add_chunks(db, chunks, n, p.parameter_dtype, p.db, table);
+  if (dw != nullptr) add_chunks(table, dw, chunks, n, p.parameter_dtype, p.dw);
+  if (db != nullptr) add_chunks(table, db, chunks, n, p.parameter_dtype, p.db);
 }
 
 }  // namespace fastnn

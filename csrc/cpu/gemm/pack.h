@@ -48,16 +48,11 @@ FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t co
       if (count <= 0) {
         store(out + group, zero());
       } else if constexpr (Dot::kPerUnit == 1) {
-        store(out + group,
-              count == kLanes ? load(row + group) : load_first(row + group, count, 0.f));
+        store(out + group, load_some(row + group, count));
       } else {
         const bool pair = u * 2 + 1 < K;
-        const Vec even = count == kLanes ? load(row + group) : load_first(row + group, count, 0.f);
-        Vec odd = zero();
-        if (pair)
-          odd = count == kLanes ? load(row + row_stride + group)
-                                : load_first(row + row_stride + group, count, 0.f);
-        store(out + group, interleave_pairs(even, odd));
+        const Vec odd = pair ? load_some(row + row_stride + group, count) : zero();
+        store(out + group, interleave_pairs(load_some(row + group, count), odd));
       }
     }
   }

@@ -79,12 +79,11 @@ FASTNN_INLINE Vec target_share(const CrossEntropyParams& p, const T* probabiliti
                                int count) {
   Vec share = splat(p.label_smoothing / (float)p.classes);
   if constexpr (kKind == TargetKind::kProbabilities) {
-    const Vec q =
-        count == kLanes ? load(probabilities + i) : load_first(probabilities + i, count, 0.f);
+    const Vec q = load_some(probabilities + i, count);
     share = fma(q, splat(1.f - p.label_smoothing), share);
   }
   if (p.weight != nullptr) {
-    share = share * (count == kLanes ? load(p.weight + i) : load_first(p.weight + i, count, 0.f));
+    share = share * load_some(p.weight + i, count);
   }
   return count == kLanes ? share : keep_first(share, count);
 }

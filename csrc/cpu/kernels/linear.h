@@ -10,7 +10,7 @@ namespace {
 // has stride 0).
 template <class T>
 FASTNN_INLINE Vec load_strided(const T* row, int64_t n, int count, int64_t stride) {
-  if (stride == 1) return count == kLanes ? load(row + n) : load_first(row + n, count, 0.f);
+  if (stride == 1) return load_some(row + n, count);
   Vec v = zero();
   for (int i = 0; i < count; ++i) v[i] = to_float(row[(n + i) * stride]);
   return v;

@@ -6,11 +6,6 @@
 namespace fastnn {
 namespace {
 
-template <class T>
-FASTNN_INLINE Vec load_some(const T* p, int count) {
-  return count == kLanes ? load(p) : load_first(p, count, 0.f);
-}
-
 // N sums over a row at once: f(i, count, sums) adds the terms of elements [i, i + count), nothing
 // in the other lanes. Four chains hide the latency; each block starts from zero, and long rows have
 // 64 blocks, so that rounding errors grow with a block's length and the number of blocks and not

@@ -7,6 +7,12 @@
 namespace fastnn {
 namespace {
 
+// The first `count` lanes from memory, the rest 0; whole vectors by a plain load.
+template <class T>
+FASTNN_INLINE Vec load_some(const T* p, int count) {
+  return count == kLanes ? load(p) : load_first(p, count, 0.f);
+}
+
 // Whether any lane of a and b differs (NaN differs from everything).
 FASTNN_INLINE bool any_differs(Vec a, Vec b) {
 #if defined(__AVX512F__)
