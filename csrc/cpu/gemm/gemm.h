@@ -32,6 +32,9 @@ constexpr int64_t kBlockRows = 512;       // rows of partial sums held while K i
 constexpr int64_t kSwappedMaxRows = 128;  // above, packing the weight on the way is cheaper
 constexpr int64_t kSwappedGroup = 48;     // weight rows between two transpositions
 constexpr int64_t kDotsMaxRows = 4;
+// Between these, a packed panel comes from beyond L2 for a large part of its uses, and is fetched
+// during the one before: 1.2 times as fast at 32 rows. Fewer rows wait for memory all the time.
+constexpr int64_t kFetchRows = 2 * kTileRows, kFetchMaxRows = 128;
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -155,6 +158,12 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           pack_panel<Dot, T>(p.b, p.N, p.K, n0, strips, u0, u1, panel, strip_floats);
         }
         const bool last = u1 == k.units;
+        Ahead ahead;
+        if (p.b_packed != nullptr && !k.split_k && rows >= kFetchRows && rows <= kFetchMaxRows) {
+          ahead.next = reinterpret_cast<const char*>(b + strips * strip_floats);
+          const int64_t next_columns = min_of(k.block_columns, n_end - n0 - columns);
+          ahead.end = ahead.next + (next_columns + kStrip - 1) / kStrip * strip_floats * 4;
+        }
         for (int64_t i = 0; i < row_tiles; ++i) {
           const int64_t r0 = rows * i / row_tiles,
                         r1 = rows * (i + 1) / row_tiles;  // balanced: no thin last tile
@@ -172,7 +181,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
                             columns);
           }
           run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,
-                         {b, strip_floats, kStrip}, t, ldt, u0 > 0);
+                         {b, strip_floats, kStrip}, t, ldt, u0 > 0, &ahead);
           if (last) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
         }
         u0 = u1;
