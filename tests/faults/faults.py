@@ -83,8 +83,8 @@ KERNEL_FAULTS = [
     Fault(
         "product: sums start from stale scratch",
         "csrc/cpu/gemm/tile.h",
-        "               accumulate || u > 0);",
-        "               true);",
+        "t + s * kStrip, ldt, accumulate || u > 0,",
+        "t + s * kStrip, ldt, true,",
         cell("linear-fp32-{isa}-contiguous"),
     ),
     Fault(
