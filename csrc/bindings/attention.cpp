@@ -4,6 +4,13 @@
 #include <cmath>
 
 #include "bindings/tensor.h"
+#include "cuda/attention.h"
+
+// Absent where the build has no CUDA kernels.
+#pragma weak fastnn_cuda_attention_fwd
+#pragma weak fastnn_cuda_attention_fwd_workspace
+#pragma weak fastnn_cuda_attention_bwd
+#pragma weak fastnn_cuda_attention_bwd_workspace
 
 namespace fastnn {
 namespace {
@@ -37,7 +44,7 @@ void check_heads(const Tensor& t, const char* op, const char* name, DType dtype)
 void read_mask(Call& call, const OptionalTensor& mask, const char* op) {
   AttentionParams& p = call.p;
   if (!mask) return;
-  FASTNN_CHECK(mask->is_cpu(), ValueError, "fastnn::", op, ": attn_mask must be on the CPU");
+  check_device(*mask, op, "attn_mask");
   const bool is_bool = mask->scalar_type() == ScalarType::Bool;
   p.mask_kind = is_bool ? MaskKind::kBool : MaskKind::kAdditive;
   if (!is_bool) p.mask_dtype = checked_dtype(*mask, op, "attn_mask");
@@ -84,6 +91,11 @@ void read_call(Call& call, const char* op, const Tensor& q, const Tensor& k, con
   FASTNN_CHECK(o.window_left >= -1 && o.window_right >= -1, ValueError, "fastnn::", op,
                ": window must be counts of keys, or -1 for no limit; got ", o.window_left, ", ",
                o.window_right);
+  constexpr int64_t kMostCudaFeatures = 256;
+  FASTNN_CHECK(
+      !DeviceScope::current().cuda() || (p.D <= kMostCudaFeatures && p.D_v <= kMostCudaFeatures),
+      NotImplemented, "fastnn::", op, ": heads on CUDA have up to ", kMostCudaFeatures,
+      " features, got ", p.D, " and ", p.D_v);
   p.q = heads_of(q, call.holders[0]);
   p.k = heads_of(k, call.holders[1]);
   p.v = heads_of(v, call.holders[2]);
@@ -108,6 +120,7 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
                                int64_t window_right, bool grad_handled) {
   constexpr auto op = "attention_fwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(q);
   Call call;
   read_call(call, op, q, k, v, mask, seed, {dropout, scale, softcap, window_left, window_right});
   const AttentionParams& p = call.p;
@@ -118,8 +131,13 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& k, const Tensor& v
   Tensor out = new_strided_output({p.B, p.H, p.S_q, p.D_v},
                                   {batch_stride, head_stride, row_stride, 1}, p.dtype);
   Tensor lse = new_output({p.B, p.H, p.S_q}, DType::kFloat32);
-  attention_fwd({p, out.mutable_data_ptr(), batch_stride, head_stride, row_stride,
-                 static_cast<float*>(lse.mutable_data_ptr())});
+  const AttentionFwdParams f = {p,
+                                out.mutable_data_ptr(),
+                                batch_stride,
+                                head_stride,
+                                row_stride,
+                                static_cast<float*>(lse.mutable_data_ptr())};
+  scope.cuda() ? FASTNN_CUDA_KERNEL(attention_fwd)(f) : attention_fwd(f);
   return {out, lse};
 }
 
@@ -131,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad, const Tensor& q, cons
                                        bool grad_handled) {
   constexpr auto op = "attention_bwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(q);
   Call call;
   read_call(call, op, q, k, v, mask, seed, {dropout, scale, softcap, window_left, window_right});
   const AttentionParams& p = call.p;
@@ -147,16 +166,27 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad, const Tensor& q, cons
   Tensor grad_holder, out_holder;
   Tensor dq = new_output(sizes_of(q), p.dtype), dk = new_output(sizes_of(k), p.dtype),
          dv = new_output(sizes_of(v), p.dtype);
-  attention_bwd({p, heads_of(out, out_holder), heads_of(grad, grad_holder),
-                 static_cast<const float*>(lse.const_data_ptr()), dq.mutable_data_ptr(),
-                 dk.mutable_data_ptr(), dv.mutable_data_ptr()});
+  const AttentionBwdParams b = {p,
+                                heads_of(out, out_holder),
+                                heads_of(grad, grad_holder),
+                                static_cast<const float*>(lse.const_data_ptr()),
+                                dq.mutable_data_ptr(),
+                                dk.mutable_data_ptr(),
+                                dv.mutable_data_ptr()};
+  scope.cuda() ? FASTNN_CUDA_KERNEL(attention_bwd)(b) : attention_bwd(b);
   return {dq, dk, dv};
+}
+
+// On every device.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("attention_fwd", TORCH_BOX(&fwd));
+  m.impl("attention_bwd", TORCH_BOX(&bwd));
 }
 
 }  // namespace
 }  // namespace fastnn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+FASTNN_SCHEMAS(m) {
   m.def(
       "attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
       "float dropout, float scale, "
@@ -168,7 +198,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "Tensor lse, float dropout, float scale, float softcap, int window_left, int window_right, "
       "bool grad_handled=False) -> (Tensor, Tensor, Tensor)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&fastnn::fwd));
-  m.impl("attention_bwd", TORCH_BOX(&fastnn::bwd));
-}
+FASTNN_KERNELS(m) { fastnn::implement(m); }
+#if defined(FASTNN_CUDA_ATTENTION) && defined(FASTNN_CUDA_KERNELS)
+FASTNN_CUDA_KERNELS(m) { fastnn::implement(m); }
+#endif

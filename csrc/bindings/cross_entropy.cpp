@@ -3,6 +3,13 @@
 
 #include "bindings/tensor.h"
 #include "cpu/dispatch.h"
+#include "cuda/cross_entropy.h"
+
+// Absent where the build has no CUDA kernels.
+#pragma weak fastnn_cuda_cross_entropy_fwd
+#pragma weak fastnn_cuda_cross_entropy_fwd_workspace
+#pragma weak fastnn_cuda_cross_entropy_bwd
+#pragma weak fastnn_cuda_cross_entropy_bwd_workspace
 
 namespace fastnn {
 namespace {
@@ -16,8 +23,12 @@ struct Call {
   CrossEntropyParams p = {};
   int64_t reduction = kMean;
   Tensor x_holder, target_holder;
+  OptionalTensor weight_holder;  // on CUDA
   std::vector<float> weight;
 
+  const void* class_weight() const {
+    return weight_holder ? weight_holder->const_data_ptr() : nullptr;
+  }
   // Denominator of the mean: weights of the targets, or rows where the target is a distribution.
   double weight_of_row(int64_t r) const {
     if (p.target == nullptr) return 1.0;
@@ -55,7 +66,7 @@ void read_call(Call& call, const char* op, const Tensor& input, const Tensor& ta
     p.x = call.x_holder.const_data_ptr();
     p.x_row_stride = p.classes;
   }
-  FASTNN_CHECK(target.is_cpu(), ValueError, "fastnn::", op, ": target must be on the CPU");
+  check_device(target, op, "target");
   call.target_holder = target.is_contiguous() ? target : torch::stable::contiguous(target);
   if (target.scalar_type() == ScalarType::Long) {
     FASTNN_CHECK(target.dim() == 1 && target.size(0) == p.rows, ValueError, "fastnn::", op,
@@ -77,6 +88,12 @@ void read_call(Call& call, const char* op, const Tensor& input, const Tensor& ta
                  ValueError, "fastnn::", op, ": weight must have shape (", p.classes,
                  ",) and the input's type, got ", shape_of(*weight), " ",
                  dtype_name(weight->scalar_type()));
+  }
+  if (DeviceScope::current().cuda()) {  // weights and targets are looked at there
+    if (weight) call.weight_holder = torch::stable::contiguous(*weight);
+    return;
+  }
+  if (weight) {
     call.weight.resize(static_cast<size_t>(p.classes));
     kernels().to_float32(weight->const_data_ptr(), weight->stride(0), p.dtype, p.classes,
                          call.weight.data());
@@ -100,12 +117,25 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const Tensor& target
                                        double softcap, bool grad_handled) {
   constexpr auto op = "cross_entropy_fwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(input);
   Call call;
   read_call(call, op, input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
             softcap);
   const int64_t rows = call.p.rows;
   Tensor stats = new_output({rows, 2}, DType::kFloat32);
   Tensor divisors = new_output({2}, DType::kFloat32);
+  if (scope.cuda()) {
+    Tensor loss = new_output(
+        reduction == kNone ? std::vector<int64_t>{rows} : std::vector<int64_t>{}, call.p.dtype);
+    const CudaLossFwdParams f = {call.p,
+                                 call.class_weight(),
+                                 static_cast<LossReduction>(reduction),
+                                 loss.mutable_data_ptr(),
+                                 static_cast<float*>(stats.mutable_data_ptr()),
+                                 static_cast<float*>(divisors.mutable_data_ptr())};
+    FASTNN_CUDA_KERNEL(cross_entropy_fwd)(f);
+    return {loss, stats, divisors};
+  }
   std::vector<float> row_loss(static_cast<size_t>(rows)),
       row_z(static_cast<size_t>(z_loss != 0.0 ? rows : 0));
   cross_entropy_fwd({call.p, row_loss.data(), z_loss != 0.0 ? row_z.data() : nullptr,
@@ -147,6 +177,7 @@ Tensor bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
            double softcap, bool grad_handled) {
   constexpr auto op = "cross_entropy_bwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(input);
   Call call;
   read_call(call, op, input, target, weight, reduction, ignore_index, label_smoothing, z_loss,
             softcap);
@@ -166,24 +197,42 @@ Tensor bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
   const bool per_row = reduction == kNone;
   FASTNN_CHECK(per_row ? grad.dim() == 1 && grad.size(0) == rows : grad.numel() == 1, ValueError,
                "fastnn::", op, ": grad must have the loss's shape, got ", shape_of(grad));
+  Tensor dx = new_output(sizes_of(input), call.p.dtype);
+  const auto* const row_stats = static_cast<const float*>(stats.const_data_ptr());
+  const auto* const divisor = static_cast<const float*>(divisors.const_data_ptr());
+  if (scope.cuda()) {
+    const CudaLossBwdParams b = {call.p,
+                                 call.class_weight(),
+                                 grad.const_data_ptr(),
+                                 per_row ? grad.stride(0) : 0,
+                                 row_stats,
+                                 divisor,
+                                 dx.mutable_data_ptr()};
+    FASTNN_CUDA_KERNEL(cross_entropy_bwd)(b);
+    return dx;
+  }
   const int64_t count = per_row ? rows : 1;
   std::vector<float> scale(static_cast<size_t>(count)), z_scale;
   kernels().to_float32(grad.const_data_ptr(), per_row ? grad.stride(0) : 1, grad_dtype, count,
                        scale.data());
   z_scale = scale;
-  const auto* const divisor = static_cast<const float*>(divisors.const_data_ptr());
   for (float& s : scale) s /= divisor[0];
   for (float& s : z_scale) s /= divisor[1];
-  Tensor dx = new_output(sizes_of(input), call.p.dtype);
-  cross_entropy_bwd({call.p, static_cast<const float*>(stats.const_data_ptr()), scale.data(),
-                     z_scale.data(), per_row ? 1 : 0, dx.mutable_data_ptr()});
+  cross_entropy_bwd(
+      {call.p, row_stats, scale.data(), z_scale.data(), per_row ? 1 : 0, dx.mutable_data_ptr()});
   return dx;
+}
+
+// On every device.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("cross_entropy_fwd", TORCH_BOX(&fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&bwd));
 }
 
 }  // namespace
 }  // namespace fastnn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+FASTNN_SCHEMAS(m) {
   m.def(
       "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int reduction, SymInt "
       "ignore_index, "
@@ -195,7 +244,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "int reduction, SymInt ignore_index, float label_smoothing, float z_loss, float softcap, "
       "bool grad_handled=False) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("cross_entropy_fwd", TORCH_BOX(&fastnn::fwd));
-  m.impl("cross_entropy_bwd", TORCH_BOX(&fastnn::bwd));
-}
+FASTNN_KERNELS(m) { fastnn::implement(m); }
+#if defined(FASTNN_CUDA_CROSS_ENTROPY) && defined(FASTNN_CUDA_KERNELS)
+FASTNN_CUDA_KERNELS(m) { fastnn::implement(m); }
+#endif

@@ -2,11 +2,30 @@
 #include "cpu/linear.h"
 
 #include "bindings/tensor.h"
+#include "cuda/linear.h"
+
+// Absent where the build has no CUDA kernels.
+#pragma weak fastnn_cuda_linear_fwd
+#pragma weak fastnn_cuda_linear_fwd_workspace
+#pragma weak fastnn_cuda_linear_bwd
+#pragma weak fastnn_cuda_linear_bwd_workspace
 
 namespace fastnn {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+// The launchers, told what torch allows (device.h).
+const CudaKernel<LinearParams> cuda_fwd = {
+    "linear_fwd", &fastnn_cuda_linear_fwd_workspace,
+    [](const LinearParams* p, void* workspace, void* stream) {
+      return fastnn_cuda_linear_fwd(p, allow_tf32() ? 1 : 0, workspace, stream);
+    }};
+const CudaKernel<LinearBwdParams> cuda_bwd = {
+    "linear_bwd", &fastnn_cuda_linear_bwd_workspace,
+    [](const LinearBwdParams* p, void* workspace, void* stream) {
+      return fastnn_cuda_linear_bwd(p, allow_tf32() ? 1 : 0, workspace, stream);
+    }};
 
 Activation checked_activation(int64_t code, const char* op) {
   FASTNN_CHECK(code >= 0 && code < kActivationCount, ValueError, "fastnn::", op,
@@ -64,6 +83,7 @@ std::tuple<Tensor, OptionalTensor> fwd(const Tensor& input, const Tensor& weight
                                        bool save_pre, bool grad_handled) {
   constexpr auto op = "linear_fwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(input);
   const DType dtype = checked_dtype(input, op, "input");
   check_same_dtype(checked_dtype(weight, op, "weight"), dtype, op, "weight");
   check_weight(weight, op);
@@ -81,12 +101,13 @@ std::tuple<Tensor, OptionalTensor> fwd(const Tensor& input, const Tensor& weight
   if (save_pre) pre = new_output(sizes, dtype);
   p.y = output.mutable_data_ptr();
   p.pre = pre ? pre->mutable_data_ptr() : nullptr;
-  linear_fwd(p);
+  scope.cuda() ? cuda_fwd(p) : linear_fwd(p);
   return {output, pre};
 }
 
 Tensor pack(const Tensor& weight, bool grad_handled) {
   check_grad_handled(grad_handled, "linear_pack");
+  const DeviceScope scope(weight);
   const DType dtype = checked_dtype(weight, "linear_pack", "weight");
   check_weight(weight, "linear_pack");
   const int64_t N = weight.size(0), K = weight.size(1);
@@ -100,6 +121,7 @@ Tensor packed_fwd(const Tensor& input, const Tensor& packed, const OptionalTenso
                   int64_t out_features, int64_t activation, bool grad_handled) {
   constexpr auto op = "linear_packed_fwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(input);
   const DType dtype = checked_dtype(input, op, "input");
   FASTNN_CHECK(input.dim() >= 1, ValueError, "fastnn::", op,
                ": input must have at least one dimension");
@@ -133,6 +155,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
     std::vector<bool> mask, bool grad_handled) {
   constexpr auto op = "linear_bwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(grad);
   FASTNN_CHECK(mask.size() == 3, ValueError, "fastnn::", op, ": mask must have 3 entries, got ",
                mask.size());
   const DType dtype = checked_dtype(grad, op, "grad");
@@ -181,14 +204,20 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
     db = new_output({p.N}, dtype);
     p.db = db->mutable_data_ptr();
   }
-  linear_bwd(p);
+  scope.cuda() ? cuda_bwd(p) : linear_bwd(p);
   return {dx, dw, db};
+}
+
+// On every device.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("linear_fwd", TORCH_BOX(&fwd));
+  m.impl("linear_bwd", TORCH_BOX(&bwd));
 }
 
 }  // namespace
 }  // namespace fastnn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+FASTNN_SCHEMAS(m) {
   m.def(
       "linear_fwd(Tensor input, Tensor weight, Tensor? bias, int activation, bool save_pre, bool "
       "grad_handled=False) "
@@ -203,9 +232,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "activation, "
       "bool grad_handled=False) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("linear_fwd", TORCH_BOX(&fastnn::fwd));
-  m.impl("linear_bwd", TORCH_BOX(&fastnn::bwd));
+FASTNN_KERNELS(m) {
+  fastnn::implement(m);
   m.impl("linear_pack", TORCH_BOX(&fastnn::pack));
   m.impl("linear_packed_fwd", TORCH_BOX(&fastnn::packed_fwd));
 }
+#if defined(FASTNN_CUDA_LINEAR) && defined(FASTNN_CUDA_KERNELS)
+FASTNN_CUDA_KERNELS(m) { fastnn::implement(m); }
+#endif

@@ -111,6 +111,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("poison", &fastnn::poison, "Whether fresh memory is filled with NaN.");
   m.def("set_poison", &fastnn::set_poison, py::arg("on"),
         "Fills fresh outputs and scratch with NaN from now on.");
+  m.def("cuda_compiled", &fastnn::cuda_compiled, "Whether CUDA kernels are compiled in.");
+  m.def("allow_tf32", &fastnn::allow_tf32, "Whether float32 products on CUDA may be tf32.");
+  m.def("set_allow_tf32", &fastnn::set_allow_tf32, py::arg("on"),
+        "Hands on torch.backends.cuda.matmul.allow_tf32.");
+  m.def("cuda_problem", &fastnn::cuda_problem,
+        "Why no CUDA kernel can run here, in words; empty where one can. Makes no CUDA context.");
   m.def("ops", &op_names, "The ops of csrc/ops.def.");
   m.def("vector_math", &vector_math, py::arg("name"), py::arg("x"),
         "A vector function over a float32 array.");

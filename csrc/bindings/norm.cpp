@@ -2,6 +2,13 @@
 #include "cpu/norm.h"
 
 #include "bindings/tensor.h"
+#include "cuda/norm.h"
+
+// Absent where the build has no CUDA kernels.
+#pragma weak fastnn_cuda_norm_fwd
+#pragma weak fastnn_cuda_norm_fwd_workspace
+#pragma weak fastnn_cuda_norm_bwd
+#pragma weak fastnn_cuda_norm_bwd_workspace
 
 namespace fastnn {
 namespace {
@@ -70,7 +77,8 @@ Elements elements_of(const OptionalTensor& t, const char* argument, const Extent
   FASTNN_CHECK(sizes_of(*t) == e.row_shape, ValueError, "fastnn::", op, ": ", argument,
                " must have the shape of the normalized dimensions ", shape_text(e.row_shape),
                ", got ", shape_of(*t));
-  if (t->dim() == 1) return {t->const_data_ptr(), t->stride(0)};
+  const bool in_place = !DeviceScope::current().cuda() || t->is_contiguous();
+  if (t->dim() == 1 && in_place) return {t->const_data_ptr(), t->stride(0)};
   holder = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
   return {holder.const_data_ptr(), 1};
 }
@@ -84,6 +92,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> fwd(const Tensor& input,
                                                        bool grad_handled) {
   constexpr auto op = "norm_fwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(input);
   NormParams p = {};
   p.dtype = p.parameter_dtype = checked_dtype(input, op, "input");
   const auto sizes = sizes_of(input);
@@ -125,7 +134,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> fwd(const Tensor& input,
   }
   Tensor output = new_output(sizes, p.dtype);
   p.y = output.mutable_data_ptr();
-  norm_fwd(p);
+  scope.cuda() ? FASTNN_CUDA_KERNEL(norm_fwd)(p) : norm_fwd(p);
   return {output, total, stats};
 }
 
@@ -135,6 +144,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
     ScalarType weight_dtype, std::vector<bool> mask, bool grad_handled) {
   constexpr auto op = "norm_bwd";
   check_grad_handled(grad_handled, op);
+  const DeviceScope scope(input);
   FASTNN_CHECK(mask.size() == 3, ValueError, "fastnn::", op, ": mask must have 3 entries, got ",
                mask.size());
   NormBwdParams p = {};
@@ -173,14 +183,20 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
   if (mask[0]) p.dx = (dx = new_output(sizes, p.dtype))->mutable_data_ptr();
   if (mask[1]) p.dw = (dw = new_output(e.row_shape, p.parameter_dtype))->mutable_data_ptr();
   if (mask[2]) p.db = (db = new_output(e.row_shape, p.parameter_dtype))->mutable_data_ptr();
-  norm_bwd(p);
+  scope.cuda() ? FASTNN_CUDA_KERNEL(norm_bwd)(p) : norm_bwd(p);
   return {dx, dw, db};
+}
+
+// On every device.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("norm_fwd", TORCH_BOX(&fwd));
+  m.impl("norm_bwd", TORCH_BOX(&bwd));
 }
 
 }  // namespace
 }  // namespace fastnn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+FASTNN_SCHEMAS(m) {
   m.def(
       "norm_fwd(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, int dims, float eps, "
       "bool rms, bool save_stats, bool grad_handled=False) -> (Tensor, Tensor?, Tensor?)");
@@ -190,7 +206,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "(Tensor?, "
       "Tensor?, Tensor?)");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("norm_fwd", TORCH_BOX(&fastnn::fwd));
-  m.impl("norm_bwd", TORCH_BOX(&fastnn::bwd));
-}
+FASTNN_KERNELS(m) { fastnn::implement(m); }
+#if defined(FASTNN_CUDA_NORM) && defined(FASTNN_CUDA_KERNELS)
+FASTNN_CUDA_KERNELS(m) { fastnn::implement(m); }
+#endif

@@ -2,6 +2,13 @@
 #include "cpu/softmax.h"
 
 #include "bindings/tensor.h"
+#include "cuda/softmax.h"
+
+// Absent where the build has no CUDA kernels.
+#pragma weak fastnn_cuda_softmax_fwd
+#pragma weak fastnn_cuda_softmax_fwd_workspace
+#pragma weak fastnn_cuda_softmax_bwd
+#pragma weak fastnn_cuda_softmax_bwd_workspace
 
 namespace fastnn {
 namespace {
@@ -40,6 +47,7 @@ Source source_of(const Tensor& t, const Extents& e, Tensor& holder) {
 Tensor fwd(const Tensor& input, int64_t dim, bool log, std::optional<ScalarType> dtype,
            bool grad_handled) {
   check_grad_handled(grad_handled, "softmax_fwd");
+  const DeviceScope scope(input);
   const DType x_dtype = checked_dtype(input, "softmax_fwd", "input");
   const auto y_dtype = dtype ? kernel_dtype(*dtype) : x_dtype;
   FASTNN_CHECK(y_dtype && (*y_dtype == x_dtype || *y_dtype == DType::kFloat32), TypeError,
@@ -50,14 +58,17 @@ Tensor fwd(const Tensor& input, int64_t dim, bool log, std::optional<ScalarType>
   Tensor output = new_output(sizes, *y_dtype);
   Tensor holder;
   const Source x = source_of(input, e, holder);
-  softmax_fwd({x.data, output.mutable_data_ptr(), e.outer, e.cols, e.inner, x.row_stride, x_dtype,
-               *y_dtype, log});
+  const SoftmaxParams p = {
+      x.data, output.mutable_data_ptr(), e.outer, e.cols, e.inner, x.row_stride, x_dtype, *y_dtype,
+      log};
+  scope.cuda() ? FASTNN_CUDA_KERNEL(softmax_fwd)(p) : softmax_fwd(p);
   return output;
 }
 
 Tensor bwd(const Tensor& grad, const Tensor& output, int64_t dim, bool log, ScalarType input_dtype,
            bool grad_handled) {
   check_grad_handled(grad_handled, "softmax_bwd");
+  const DeviceScope scope(output);
   const DType y_dtype = checked_dtype(output, "softmax_bwd", "output");
   FASTNN_CHECK(checked_dtype(grad, "softmax_bwd", "grad") == y_dtype, TypeError,
                "fastnn::softmax_bwd: grad must be ", dtype_name(output.scalar_type()),
@@ -76,15 +87,30 @@ Tensor bwd(const Tensor& grad, const Tensor& output, int64_t dim, bool log, Scal
   Tensor grad_holder, output_holder;
   const Source dy = source_of(grad, e, grad_holder);
   const Tensor y = output.is_contiguous() ? output : torch::stable::contiguous(output);
-  softmax_bwd({dy.data, y.const_data_ptr(), dx.mutable_data_ptr(), e.outer, e.cols, e.inner,
-               dy.row_stride, y_dtype, *dx_dtype, log});
+  const SoftmaxBwdParams p = {dy.data,
+                              y.const_data_ptr(),
+                              dx.mutable_data_ptr(),
+                              e.outer,
+                              e.cols,
+                              e.inner,
+                              dy.row_stride,
+                              y_dtype,
+                              *dx_dtype,
+                              log};
+  scope.cuda() ? FASTNN_CUDA_KERNEL(softmax_bwd)(p) : softmax_bwd(p);
   return dx;
+}
+
+// On every device.
+void implement(torch::stable::detail::StableLibrary& m) {
+  m.impl("softmax_fwd", TORCH_BOX(&fwd));
+  m.impl("softmax_bwd", TORCH_BOX(&bwd));
 }
 
 }  // namespace
 }  // namespace fastnn
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
+FASTNN_SCHEMAS(m) {
   m.def(
       "softmax_fwd(Tensor input, int dim, bool log, ScalarType? dtype, bool grad_handled=False) -> "
       "Tensor");
@@ -93,7 +119,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastnn, m) {
       "grad_handled=False) "
       "-> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastnn, CPU, m) {
-  m.impl("softmax_fwd", TORCH_BOX(&fastnn::fwd));
-  m.impl("softmax_bwd", TORCH_BOX(&fastnn::bwd));
-}
+FASTNN_KERNELS(m) { fastnn::implement(m); }
+#if defined(FASTNN_CUDA_SOFTMAX) && defined(FASTNN_CUDA_KERNELS)
+FASTNN_CUDA_KERNELS(m) { fastnn::implement(m); }
+#endif

@@ -83,8 +83,14 @@ ScalarType scalar_type(DType t) {
   return ScalarType::Float;
 }
 
+void check_device(const Tensor& t, const char* op, const char* argument) {
+  const DeviceScope& scope = DeviceScope::current();
+  FASTNN_CHECK(scope.has(t), ValueError, "fastnn::", op, ": ", argument, " must be on ",
+               scope.name());
+}
+
 DType checked_dtype(const Tensor& t, const char* op, const char* argument) {
-  FASTNN_CHECK(t.is_cpu(), ValueError, "fastnn::", op, ": ", argument, " must be on the CPU");
+  check_device(t, op, argument);
   int32_t layout = 0;
   aoti_torch_get_layout(t.get(), &layout);
   FASTNN_CHECK(layout == aoti_torch_layout_strided(), NotImplemented, "fastnn::", op, ": ",
@@ -134,10 +140,11 @@ Tensor new_output(const std::vector<int64_t>& sizes, DType dtype, int64_t huge_f
 
 Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                           DType dtype, int64_t huge_from) {
+  const DeviceScope& scope = DeviceScope::current();
   AtenTensorHandle handle = nullptr;
   const auto failed = aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      static_cast<int32_t>(scalar_type(dtype)), aoti_torch_device_type_cpu(), 0, &handle);
+      static_cast<int32_t>(scalar_type(dtype)), scope.type(), scope.index(), &handle);
   if (failed) {
     const char* const why = torch_exception_get_what_without_backtrace
                                 ? torch_exception_get_what_without_backtrace()
@@ -146,7 +153,12 @@ Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<i
                       dtype_name(scalar_type(dtype)), ". ", why);
   }
   Tensor out(handle);
-  prepare_output(out.mutable_data_ptr(), out.numel() * element_bytes(dtype), huge_from);
+  const int64_t bytes = out.numel() * element_bytes(dtype);
+  if (!scope.cuda()) {
+    prepare_output(out.mutable_data_ptr(), bytes, huge_from);
+  } else if (poison()) {
+    fill_cuda(out.mutable_data_ptr(), 0xff, bytes);
+  }
   return out;
 }
 

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/device.h"
 #include "cpu/memory.h"
 #include "params/common.h"
 
@@ -54,10 +55,14 @@ std::string dtype_name(ScalarType t);
 
 // ---- views
 
-// A dense CPU tensor of a type that kernels take; TypeError or NotImplementedError otherwise.
+// A dense tensor on the call's device, of a type that kernels take; ValueError, TypeError or
+// NotImplementedError otherwise.
 DType checked_dtype(const Tensor& t, const char* op, const char* argument);
 ScalarType scalar_type(DType t);
 std::optional<DType> kernel_dtype(ScalarType t);
+
+// ValueError unless it is on the call's device.
+void check_device(const Tensor& t, const char* op, const char* argument);
 
 std::vector<int64_t> sizes_of(const Tensor& t);
 
@@ -71,8 +76,8 @@ Rows rows_of(const Tensor& t, Tensor& holder);
 
 // ---- outputs
 
-// A fresh CPU tensor, contiguous or by strides that leave no holes, on huge pages where it is
-// large, filled with NaN under FASTNN_POISON.
+// A fresh tensor on the call's device, contiguous or by strides that leave no holes, on huge pages
+// where it is large, filled with NaN under FASTNN_POISON.
 Tensor new_output(const std::vector<int64_t>& sizes, DType dtype,
                   int64_t huge_from = kHugeOutputBytes);
 Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

@@ -14,12 +14,16 @@ namespace {
 // __builtin_cpu_supports reads CPUID and XGETBV: it says no where the operating system does not
 // save the registers. "x86-64-v3" and "-v4" are exactly what the compiler may emit under -march of
 // that name.
-bool cpu_has_scalar() { return true; }
+[[maybe_unused]] bool cpu_has_scalar() { return true; }
 #if defined(__x86_64__)
-bool cpu_has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
-bool cpu_has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
-bool cpu_has_avx512_vnni() { return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-bool cpu_has_avx512_bf16() { return cpu_has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool cpu_has_avx2() { return __builtin_cpu_supports("x86-64-v3"); }
+[[maybe_unused]] bool cpu_has_avx512() { return __builtin_cpu_supports("x86-64-v4"); }
+[[maybe_unused]] bool cpu_has_avx512_vnni() {
+  return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
+[[maybe_unused]] bool cpu_has_avx512_bf16() {
+  return cpu_has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
 struct Entry {

@@ -1,0 +1,121 @@
+"""Each checker of tests/cuda_emu catches what it is for: faults planted into small kernels and into the real ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
+import emulated_ops as emulated
+
+pytestmark = pytest.mark.skipif(shutil.which(emulated.COMPILER) is None, reason="needs a C++ compiler")
+SANITIZERS = {"plain": (), "address": ("-fsanitize=address",), "thread": ("-fsanitize=thread",)}
+ORDERS = [("forward", "late"), ("reverse", "early"), ("random:5", "late")]
+ROW_KERNELS = [path for path in emulated.KERNELS if path.stem.split("_")[0] in ("softmax", "norm", "cross")]
+WORDS = {
+    "wrong": "wrong",
+    "race": "ThreadSanitizer: data race",
+    "shared": "AddressSanitizer: use-after-poison",
+    "global": "AddressSanitizer: heap-buffer-overflow",
+    "barrier": "cuda_emu: ",
+}
+
+
+def build(folder: Path, name: str, sources: list[Path], kind: str, root: Path = emulated.ROOT) -> Path:
+    flags = [*emulated.EMULATE, "-O1", *SANITIZERS[kind], f"-I{root / 'csrc'}", *emulated.includes()]
+    objects = folder / kind
+    objects.mkdir(parents=True, exist_ok=True)
+    made = emulated.compile_all([(source, flags) for source in sources], objects)
+    out = folder / f"{name}_{kind}"
+    subprocess.run([emulated.COMPILER, *map(str, made), "-o", str(out), *SANITIZERS[kind]], check=True)
+    return out
+
+
+def run(program: Path, *arguments: str, order: str = "forward", copies: str = "late") -> str:
+    environment = {
+        **os.environ,
+        "EMU_ORDER": order,
+        "EMU_COPIES": copies,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "exitcode=66",
+    }
+    # ThreadSanitizer's shadow memory wants the layout that address randomization takes away.
+    fixed = ["setarch", "-R"] if shutil.which("setarch") else []
+    command = [*fixed, str(program), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def selftest(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selftest")
+    return {kind: build(folder, "selftest", [emulated.HERE / "selftest.cpp"], kind) for kind in SANITIZERS}
+
+
+@pytest.mark.parametrize("kernel", ["neighbours", "lanes", "pipeline", "far_row"])
+@pytest.mark.parametrize("kind", SANITIZERS)
+def test_nothing_is_found_in_right_kernels(selftest, kind, kernel):
+    if (kind, kernel) == ("thread", "far_row"):
+        pytest.skip("16 GiB of address space are more than ThreadSanitizer gives")
+    for order, copies in ORDERS:
+        assert run(selftest[kind], kernel, "none", order=order, copies=copies) == "right\n"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fault", "kind", "copies", "found"),
+    [
+        ("neighbours", "no_barrier", "plain", "late", "wrong"),
+        ("neighbours", "no_barrier", "thread", "late", "race"),
+        ("neighbours", "past_shared", "address", "late", "shared"),
+        ("neighbours", "past_global", "address", "late", "global"),
+        ("neighbours", "half_barrier", "plain", "late", "barrier"),
+        ("lanes", "diverges", "plain", "late", "barrier"),
+        ("lanes", "wrong_lane", "plain", "late", "barrier"),
+        ("pipeline", "no_wait", "plain", "late", "wrong"),
+        ("pipeline", "early_reuse", "plain", "early", "wrong"),
+        ("far_row", "int32_offset", "plain", "late", "wrong"),
+    ],
+)
+def test_planted_fault_is_found(selftest, kernel, fault, kind, copies, found):
+    assert WORDS[found] in run(selftest[kind], kernel, fault, copies=copies)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SANITIZERS)
+def test_row_kernels_under_sanitizers(tmp_path, kind):
+    program = build(tmp_path, "rows", [emulated.HERE / "rows.cpp", *ROW_KERNELS], kind)
+    for order, copies in ORDERS[:1] if kind == "thread" else ORDERS:
+        assert run(program, order=order, copies=copies) == "right\n"
+
+
+# file of csrc/cuda, what stands there, what is planted, who must find it
+REAL_FAULTS = [
+    ("common.cuh", "  __syncthreads();\n#pragma unroll", "#pragma unroll", "plain", "wrong"),
+    ("common.cuh", "spare + turn * (kReduceSpare / 2)", "spare", "thread", "race"),
+    ("common.cuh", "const bool inside = first + i >= 0 && first + i < n;",
+     "const bool inside = first + i >= 0 && first + i <= n;", "address", "global"),
+    ("common.cuh", "lane < warps ? slots", "lane <= warps ? slots", "plain", "wrong"),
+    ("norm_bwd.cu", "    __syncthreads();\n    }\n    for (int j", "    }\n    for (int j", "plain", "wrong"),
+    ("rows.cuh", "(threadIdx.x) % kLanes", "(threadIdx.x) % (kLanes + 1)", "plain", "wrong"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "was", "planted", "kind", "found"), REAL_FAULTS)
+def test_fault_planted_into_a_row_kernel_is_found(tmp_path, file, was, planted, kind, found):
+    root = tmp_path / "copy"
+    shutil.copytree(emulated.ROOT / "csrc/cuda", root / "csrc/cuda")
+    shutil.copytree(emulated.ROOT / "csrc/params", root / "csrc/params")
+    path = root / "csrc/cuda" / file
+    text = path.read_text()
+    assert text.count(was) == 1, f"{file} has changed: this fault can no longer be planted"
+    path.write_text(text.replace(was, planted))
+    kernels = [root / "csrc/cuda" / source.name for source in ROW_KERNELS]
+    program = build(tmp_path, "rows", [emulated.HERE / "rows.cpp", *kernels], kind, root)
+    said = [run(program, order=order, copies=copies) for order, copies in ORDERS]
+    assert any(WORDS[found] in one or WORDS["barrier"] in one for one in said), said
