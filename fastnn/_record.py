@@ -17,9 +17,9 @@ class KernelRun(NamedTuple):
     kernel: str
     """Operator and pass, e.g. `softmax_fwd`."""
     backend: str
-    """`cpu` or `reference`."""
+    """`cpu`, `cuda`, `triton` or `reference`."""
     isa: str
-    """Instruction set of the code that ran, as its compiler saw it; empty for the reference."""
+    """Instruction set of the CPU code that ran, as its compiler saw it; empty elsewhere."""
 
 
 _runs: list[KernelRun] | None = None
@@ -29,7 +29,7 @@ _runs: list[KernelRun] | None = None
 def record() -> Iterator[list[KernelRun]]:
     """Records every fastnn kernel that runs inside the block, in all threads; the list is complete when it ends.
 
-    Calls on the reference are listed as `reference`, after the kernels'. Blocks do not nest (RuntimeError).
+    Calls on Triton and on the reference are listed after the extension's. Blocks do not nest (RuntimeError).
 
     Example:
         >>> with fastnn.record() as runs:
@@ -48,7 +48,10 @@ def record() -> Iterator[list[KernelRun]]:
         yield runs
     finally:
         if _extension._C is not None:
-            runs[:0] = [KernelRun(kernel, "cpu", isa) for kernel, isa in _extension._C.record_stop()]
+            runs[:0] = [
+                KernelRun(kernel, "cuda", "") if isa == "cuda" else KernelRun(kernel, "cpu", isa)
+                for kernel, isa in _extension._C.record_stop()
+            ]
         _runs = None
 
 
@@ -56,3 +59,9 @@ def note_reference(kernel: str) -> None:
     """Called where an op runs on the reference."""
     if _runs is not None and not torch.compiler.is_compiling():
         _runs.append(KernelRun(kernel, "reference", ""))
+
+
+def note_triton(kernel: str) -> None:
+    """Called where a Triton kernel is launched."""
+    if _runs is not None:
+        _runs.append(KernelRun(kernel, "triton", ""))

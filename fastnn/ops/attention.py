@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from . import autocast
 from .autocast import cast
 
 
@@ -23,21 +24,26 @@ class AttentionOptions(NamedTuple):
     window_right: int
 
 
+def attention_fwd_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """What `attention_fwd` gives, without its values."""
+    b, h, s, _ = query.shape
+    d = value.shape[3]
+    by_rows = query.stride(1) < query.stride(2)
+    out = query.new_empty((b, s, h, d)).transpose(1, 2) if by_rows else query.new_empty((b, h, s, d))
+    return out, query.new_empty((b, h, s), dtype=torch.float32)
+
+
+def attention_bwd_fake(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `attention_bwd` gives, without its values."""
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
 if _extension._C is not None:
-    _raw = torch.ops.fastnn
-    _dispatch.register("attention", "cpu", _dispatch.Kernels(_raw.attention_fwd.default, _raw.attention_bwd.default))
-
-    @torch.library.register_fake("fastnn::attention_fwd", lib=_extension.library)
-    def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        b, h, s, _ = query.shape
-        d = value.shape[3]
-        by_rows = query.stride(1) < query.stride(2)
-        out = query.new_empty((b, s, h, d)).transpose(1, 2) if by_rows else query.new_empty((b, h, s, d))
-        return out, query.new_empty((b, h, s), dtype=torch.float32)
-
-    @torch.library.register_fake("fastnn::attention_bwd", lib=_extension.library)
-    def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    _dispatch.register_raw("attention")
+    torch.library.register_fake("fastnn::attention_fwd", attention_fwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::attention_bwd", attention_bwd_fake, lib=_extension.library)
 
 
 def philox(seed: Tensor, counter: Tensor) -> Tensor:
@@ -61,11 +67,13 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (upper >> 16) + (total >> 32), total & 0xFFFFFFFF
 
 
-def dropout_mask(shape: tuple[int, ...], seed: Tensor, probability: float) -> Tensor:
+def dropout_mask(
+    shape: tuple[int, ...], seed: Tensor, probability: float, device: torch.device | None = None
+) -> Tensor:
     """True where an attention weight (B, H, S_q, S_k) is kept: a function of the seed and the position alone."""
     *lead, keys = shape
     groups = (keys + 3) // 4
-    counter = torch.arange(math.prod(lead) * groups).reshape(*lead, groups)
+    counter = torch.arange(math.prod(lead) * groups, device=device).reshape(*lead, groups)
     random = philox(seed, counter).flatten(-2)[..., :keys]
     return random >= int(float(torch.tensor(probability, dtype=torch.float32)) * 4294967296.0)
 
@@ -84,7 +92,8 @@ def attention_reference(
     scores = query @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(key.shape[2]) - torch.arange(query.shape[2])[:, None]
+    device = query.device
+    distance = torch.arange(key.shape[2], device=device) - torch.arange(query.shape[2], device=device)[:, None]
     visible = (distance >= (-left if left >= 0 else -math.inf)) & (distance <= (right if right >= 0 else math.inf))
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask
@@ -96,7 +105,7 @@ def attention_reference(
     lse = torch.logsumexp(scores.detach(), -1).masked_fill(nothing, math.inf).float()
     weights = torch.softmax(scores.masked_fill(nothing[..., None], 0.0), -1).masked_fill(nothing[..., None], 0.0)
     if seed is not None and dropout > 0:
-        weights = weights * dropout_mask(tuple(weights.shape), seed, dropout) / (1 - dropout)
+        weights = weights * dropout_mask(tuple(weights.shape), seed, dropout, device) / (1 - dropout)
     return (weights @ value).to(dtype), lse
 
 
@@ -285,8 +294,8 @@ def scaled_dot_product_attention(
         TypeError, ValueError: types, shapes or options that do not fit.
         NotImplementedError: a forced backend cannot run the call.
     """
-    if isinstance(query, Tensor) and query.is_cpu and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
+    if isinstance(query, Tensor) and autocast.active(query):
+        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value, attn_mask = (
             cast(query, dtype),
             cast(key, dtype),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from . import autocast
 from .autocast import cast
 
 Reduction = Literal["none", "mean", "sum"]
@@ -30,25 +31,24 @@ class LossOptions(NamedTuple):
         return REDUCTION_CODE[self.reduction], *self[1:]
 
 
+def cross_entropy_fwd_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `cross_entropy_fwd` gives, without its values."""
+    rows = input.shape[0]
+    loss = input.new_empty((rows,) if reduction == 0 else ())
+    return loss, input.new_empty((rows, 2), dtype=torch.float32), input.new_empty((2,), dtype=torch.float32)
+
+
+def cross_entropy_bwd_fake(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
+    """What `cross_entropy_bwd` gives, without its values."""
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
 if _extension._C is not None:
-    _raw = torch.ops.fastnn
-    _dispatch.register(
-        "cross_entropy",
-        "cpu",
-        _dispatch.Kernels(_raw.cross_entropy_fwd.default, _raw.cross_entropy_bwd.default),
-    )
-
-    @torch.library.register_fake("fastnn::cross_entropy_fwd", lib=_extension.library)
-    def _(
-        input: Tensor, target: Tensor, weight: Tensor | None, reduction: int, *options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = input.shape[0]
-        loss = input.new_empty((rows,) if reduction == 0 else ())
-        return loss, input.new_empty((rows, 2), dtype=torch.float32), input.new_empty((2,), dtype=torch.float32)
-
-    @torch.library.register_fake("fastnn::cross_entropy_bwd", lib=_extension.library)
-    def _(grad: Tensor, input: Tensor, *rest: Any) -> Tensor:
-        return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+    _dispatch.register_raw("cross_entropy")
+    torch.library.register_fake("fastnn::cross_entropy_fwd", cross_entropy_fwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::cross_entropy_bwd", cross_entropy_bwd_fake, lib=_extension.library)
 
 
 def cross_entropy_reference(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
@@ -181,7 +181,7 @@ def cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap) first (Gemma 2); 0 for none.
 
     Returns:
-        A scalar, or one loss per row for "none", of the input's type; under CPU autocast float32, as torch's.
+        A scalar, or one loss per row for "none", of the input's type; under autocast float32, as torch's.
         Sums are float32 within a row and float64 over rows.
 
     Raises:
@@ -192,7 +192,7 @@ def cross_entropy(
     options = LossOptions(
         _legacy_reduction(size_average, reduce, reduction), ignore_index, label_smoothing, z_loss, softcap
     )
-    if isinstance(input, Tensor) and input.is_cpu and torch.is_autocast_enabled("cpu"):
+    if isinstance(input, Tensor) and autocast.active(input):
         input, target, weight = cast(input, torch.float32), cast(target, torch.float32), cast(weight, torch.float32)
     _check(input, target, weight, options)
     if target.dtype == torch.uint8:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from . import autocast
 from .autocast import cast
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
@@ -32,48 +33,54 @@ ACTIVATION_CODE: dict[str | None, int] = {name: code for code, name in enumerate
 _GRAD_FROM_OUTPUT = ("relu", "sigmoid", "tanh")  # f'(z) is a function of f(z): nothing more is saved
 _GRAD_FROM_INPUT = ("gelu", "gelu_tanh", "silu")  # needs z = x W^T + b, which the forward kernel then writes as well
 
+
+def linear_fwd_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    save_pre: bool,
+    grad_handled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What `linear_fwd` gives, without its values."""
+    shape = (*input.shape[:-1], weight.shape[0])
+    return input.new_empty(shape), input.new_empty(shape) if save_pre else None
+
+
+def linear_bwd_fake(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor,
+    slope: Tensor | None,
+    activation: int,
+    input_shape: list[int],
+    mask: list[bool],
+    grad_handled: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `linear_bwd` gives, without its values."""
+    dx = grad.new_empty(input_shape) if mask[0] else None
+    dw = weight.new_empty(weight.shape) if mask[1] else None
+    db = weight.new_empty((weight.shape[0],)) if mask[2] else None
+    return dx, dw, db
+
+
+def linear_packed_fwd_fake(
+    input: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    activation: int,
+    grad_handled: bool = False,
+) -> Tensor:
+    """What `linear_packed_fwd` gives, without its values."""
+    return input.new_empty((*input.shape[:-1], out_features))
+
+
 if _extension._C is not None:
-    _raw = torch.ops.fastnn
-    _dispatch.register("linear", "cpu", _dispatch.Kernels(_raw.linear_fwd.default, _raw.linear_bwd.default))
-
-    @torch.library.register_fake("fastnn::linear_fwd", lib=_extension.library)
-    def _(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: int,
-        save_pre: bool,
-        grad_handled: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        shape = (*input.shape[:-1], weight.shape[0])
-        return input.new_empty(shape), input.new_empty(shape) if save_pre else None
-
-    @torch.library.register_fake("fastnn::linear_bwd", lib=_extension.library)
-    def _(
-        grad: Tensor,
-        input: Tensor | None,
-        weight: Tensor,
-        slope: Tensor | None,
-        activation: int,
-        input_shape: list[int],
-        mask: list[bool],
-        grad_handled: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        dx = grad.new_empty(input_shape) if mask[0] else None
-        dw = weight.new_empty(weight.shape) if mask[1] else None
-        db = weight.new_empty((weight.shape[0],)) if mask[2] else None
-        return dx, dw, db
-
-    @torch.library.register_fake("fastnn::linear_packed_fwd", lib=_extension.library)
-    def _(
-        input: Tensor,
-        packed: Tensor,
-        bias: Tensor | None,
-        out_features: int,
-        activation: int,
-        grad_handled: bool = False,
-    ) -> Tensor:
-        return input.new_empty((*input.shape[:-1], out_features))
+    _dispatch.register_raw("linear")
+    torch.library.register_fake("fastnn::linear_fwd", linear_fwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::linear_bwd", linear_bwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::linear_packed_fwd", linear_packed_fwd_fake, lib=_extension.library)
 
 
 def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -189,13 +196,6 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
         raise TypeError(f"fastnn.linear: input must be floating point, got {input.dtype}")
 
 
-def _autocasts(input: Tensor) -> bool:
-    if input.is_cpu:
-        return torch.is_autocast_enabled("cpu")
-    device = input.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation | None = None
 ) -> Tensor:
@@ -225,7 +225,7 @@ def linear_maybe_packed(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, packed: Tensor | None
 ) -> Tensor:
     """`linear`, reading the weight from `packed` (`fastnn.ops.packing`) when no gradient is wanted."""
-    if isinstance(input, Tensor) and _autocasts(input):
+    if isinstance(input, Tensor) and autocast.active(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = cast(input, dtype), cast(weight, dtype), cast(bias, dtype)
         packed = None  # of the weight before the cast

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from . import autocast
 
 
 class NormOptions(NamedTuple):
@@ -22,53 +23,59 @@ class NormOptions(NamedTuple):
     rms: bool
 
 
+def norm_fwd_fake(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dims: int,
+    eps: float,
+    rms: bool,
+    save_stats: bool,
+    grad_handled: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What `norm_fwd` gives, without its values."""
+    rows = 1
+    for size in input.shape[: input.dim() - dims]:
+        rows *= size
+    output = input.new_empty(input.shape)
+    total = None if residual is None else torch.empty_like(output)
+    return output, total, input.new_empty((rows, 2), dtype=torch.float32) if save_stats else None
+
+
+def norm_bwd_fake(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    dims: int,
+    rms: bool,
+    weight_dtype: torch.dtype,
+    mask: list[bool],
+    grad_handled: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What `norm_bwd` gives, without its values."""
+    row = input.shape[input.dim() - dims :]
+    dx = input.new_empty(input.shape) if mask[0] else None
+    dw = input.new_empty(row, dtype=weight_dtype) if mask[1] else None
+    db = input.new_empty(row, dtype=weight_dtype) if mask[2] else None
+    return dx, dw, db
+
+
 if _extension._C is not None:
-    _raw = torch.ops.fastnn
-    _dispatch.register("norm", "cpu", _dispatch.Kernels(_raw.norm_fwd.default, _raw.norm_bwd.default))
-
-    @torch.library.register_fake("fastnn::norm_fwd", lib=_extension.library)
-    def _(
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        dims: int,
-        eps: float,
-        rms: bool,
-        save_stats: bool,
-        grad_handled: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        rows = 1
-        for size in input.shape[: input.dim() - dims]:
-            rows *= size
-        output = input.new_empty(input.shape)
-        total = None if residual is None else torch.empty_like(output)
-        return output, total, input.new_empty((rows, 2), dtype=torch.float32) if save_stats else None
-
-    @torch.library.register_fake("fastnn::norm_bwd", lib=_extension.library)
-    def _(
-        grad: Tensor,
-        grad_total: Tensor | None,
-        input: Tensor,
-        weight: Tensor | None,
-        stats: Tensor,
-        dims: int,
-        rms: bool,
-        weight_dtype: torch.dtype,
-        mask: list[bool],
-        grad_handled: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        row = input.shape[input.dim() - dims :]
-        dx = input.new_empty(input.shape) if mask[0] else None
-        dw = input.new_empty(row, dtype=weight_dtype) if mask[1] else None
-        db = input.new_empty(row, dtype=weight_dtype) if mask[2] else None
-        return dx, dw, db
+    _dispatch.register_raw("norm")
+    torch.library.register_fake("fastnn::norm_fwd", norm_fwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::norm_bwd", norm_bwd_fake, lib=_extension.library)
 
 
 def layer_norm_reference(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias, in plain PyTorch."""
+    parameter = bias if weight is None else weight
+    if not input.is_cpu and parameter is not None and parameter.dtype != input.dtype:  # torch mixes types on CPUs only
+        return layer_norm_reference(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
     if weight is None and bias is not None:  # together torch has no second derivative
         return (F.layer_norm(input, list(normalized_shape), None, None, eps) + bias).to(input.dtype)
     return F.layer_norm(input, list(normalized_shape), weight, bias, eps)
@@ -206,6 +213,12 @@ def _norm(
     name: str, input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, options: NormOptions
 ) -> tuple[Tensor, Tensor | None]:
     """(output, input + residual or None) of checked tensors."""
+    if not input.is_cpu and autocast.active(input):  # on GPUs torch normalizes in float32, on CPUs as given
+        if residual is not None:
+            summed = input + residual
+            return _norm(name, summed, None, weight, bias, options)[0], summed
+        cast = autocast.cast
+        input, weight, bias = cast(input, torch.float32), cast(weight, torch.float32), cast(bias, torch.float32)
     backend = _dispatch.pick("norm", input)
     odd = _odd_parameter(input, weight, bias)
     if odd and not options.rms:  # torch's layer norm refuses them too, its RMS norm does not

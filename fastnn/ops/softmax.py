@@ -9,20 +9,27 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from . import autocast
+
+
+def softmax_fwd_fake(
+    input: Tensor, dim: int, log: bool, dtype: torch.dtype | None, grad_handled: bool = False
+) -> Tensor:
+    """What `softmax_fwd` gives, without its values."""
+    return torch.empty(input.shape, dtype=dtype or input.dtype, device=input.device)
+
+
+def softmax_bwd_fake(
+    grad: Tensor, output: Tensor, dim: int, log: bool, input_dtype: torch.dtype, grad_handled: bool = False
+) -> Tensor:
+    """What `softmax_bwd` gives, without its values."""
+    return torch.empty(output.shape, dtype=input_dtype, device=output.device)
+
 
 if _extension._C is not None:
-    _raw = torch.ops.fastnn
-    _dispatch.register("softmax", "cpu", _dispatch.Kernels(_raw.softmax_fwd.default, _raw.softmax_bwd.default))
-
-    @torch.library.register_fake("fastnn::softmax_fwd", lib=_extension.library)
-    def _(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None, grad_handled: bool = False) -> Tensor:
-        return torch.empty(input.shape, dtype=dtype or input.dtype, device=input.device)
-
-    @torch.library.register_fake("fastnn::softmax_bwd", lib=_extension.library)
-    def _(
-        grad: Tensor, output: Tensor, dim: int, log: bool, input_dtype: torch.dtype, grad_handled: bool = False
-    ) -> Tensor:
-        return torch.empty(output.shape, dtype=input_dtype, device=output.device)
+    _dispatch.register_raw("softmax")
+    torch.library.register_fake("fastnn::softmax_fwd", softmax_fwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::softmax_bwd", softmax_bwd_fake, lib=_extension.library)
 
 
 def softmax_reference(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,6 +82,8 @@ def _softmax(name: str, log: bool, input: Tensor, dim: int, dtype: torch.dtype |
     rank = max(input.dim(), 1)
     if not -rank <= dim < rank:
         raise IndexError(f"fastnn.{name}: dim must be in [{-rank}, {rank - 1}], got {dim}")
+    if dtype is None and not input.is_cpu and input.dtype != torch.float64 and autocast.active(input):
+        dtype = torch.float32
     if dtype is not None and dtype != input.dtype:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"fastnn.{name}: dtype must be a floating-point torch.dtype, got {dtype!r}")
@@ -98,7 +107,8 @@ def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor
         input: any shape and strides; float32, bfloat16 and float16 run on the kernels, other floating types on
             the reference. It is never written to.
         dim: the dimension that sums to one, in [-input.dim(), input.dim()).
-        dtype: result type; the input counts as converted to it first (half precision to float32 is fused).
+        dtype: result type; the input counts as converted to it first (half precision to float32 is fused). Under
+            autocast on a GPU float32 unless given, as torch's.
 
     Returns:
         A contiguous tensor of the input's shape. Maximum, sum and exponential are computed in float32.

@@ -1,0 +1,167 @@
+"""Attention: the operators, and what they hand to the kernels of `attention_fwd` and `attention_bwd`."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import attention_bwd_fake, attention_fwd_fake
+from .attention_bwd import attention_delta, attention_dkv, attention_dq
+from .attention_fwd import attention_rows_fwd
+from .config import arch_of, attention_config, cdiv, power_of_2
+from .library import register
+from .matmul import precision_of
+
+
+class Call(NamedTuple):
+    """A call's tensors as the kernels take them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    """(B, H, S_q, S_k), strides of 0 where broadcast."""
+    tail: tuple[Any, ...]
+    """scale, softcap, left, right, seed, threshold, factor of the weights that are kept."""
+    flags: tuple[Any, ...]
+    """Compile-time: softcap, kind of mask, dropout, window to the left, to the right, precision of products."""
+
+    @property
+    def rich(self) -> bool:
+        """Whether more is done to a score than scaling and comparing."""
+        return bool(self.flags[0] or self.flags[1] or self.flags[2])
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores are only scaled, by a positive number."""
+        return not self.flags[0] and not self.flags[1] and self.tail[0] > 0
+
+    def mask_strides(self) -> tuple[int, ...]:
+        """Zeros without a mask."""
+        return (0, 0, 0, 0) if self.mask is None else self.mask.stride()
+
+
+def _heads(t: Tensor) -> Tensor:
+    """`t` with neighbouring features."""
+    return t if t.shape[3] <= 1 or t.stride(3) == 1 else t.contiguous()
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+) -> Call:
+    kind = 0
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+        kind = 1 if mask.dtype == torch.bool else 2
+        mask = mask.view(torch.uint8) if kind == 1 else mask
+    # The probability as float32 has it, as the other backends round it.
+    probability = torch.tensor(dropout, dtype=torch.float32).item() if dropout else 0.0
+    threshold, number = int(probability * 4294967296.0), 0 if seed is None or not dropout else int(seed)
+    tail = (scale, softcap, left, right, number, threshold, 1.0 / (1.0 - probability))
+    flags = (softcap != 0, kind, dropout > 0, left >= 0, right >= 0, precision_of(query))
+    return Call(_heads(query), _heads(key), _heads(value), mask, tail, flags)
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor]:
+    """(output (B, H, S_q, D_v), laid out as query is; logsumexp (B, H, S_q))."""
+    out, lse = attention_fwd_fake(query, key, value)
+    B, H, S_q, D = query.shape
+    H_kv, S_k, D_v = value.shape[1:]
+    if lse.numel() == 0:
+        return out, lse
+    if S_k == 0:
+        return out.zero_(), lse.fill_(float("inf"))
+    c = _call(query, key, value, attn_mask, seed, dropout, scale, softcap, window_left, window_right)
+    bd, bdv = power_of_2(D, 16), power_of_2(D_v, 16)
+    cut = attention_config("fwd", S_q, S_k, bd, bdv, query.element_size(), c.rich, arch_of(query.device.index))
+    tiles = cdiv(S_q, cut.bm)
+    attention_rows_fwd[(tiles * B * H,)](
+        c.q, c.k, c.v, c.mask, out, lse, H, S_q, S_k, D, D_v, H // H_kv, *c.q.stride()[:3], *c.k.stride()[:3],
+        *c.v.stride()[:3], *c.mask_strides(), *out.stride()[:3], *c.tail, tiles, *c.flags, c.plain, cut.bm,
+        cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_bwd(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dropout: float,
+    scale: float,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value."""
+    if query.shape[3] == 0 and query.dtype != torch.float32:
+        # Every weight of a query is the same: rounded to half precision, all would be off in one direction.
+        q, k, v = query.float(), key.float(), value.float()
+        options = (dropout, scale, softcap, window_left, window_right)
+        found = attention_bwd(grad.float(), q, k, v, attn_mask, seed, out.float(), lse, *options)
+        return found[0].to(query.dtype), found[1].to(key.dtype), found[2].to(value.dtype)
+    dq, dk, dv = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    B, H, S_q, D = query.shape
+    H_kv, S_k, D_v = value.shape[1:]
+    if lse.numel() == 0 or S_k == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    c = _call(query, key, value, attn_mask, seed, dropout, scale, softcap, window_left, window_right)
+    do, group = _heads(grad), H // H_kv
+    bd, bdv, arch = power_of_2(D, 16), power_of_2(D_v, 16), arch_of(query.device.index)
+    delta = torch.empty_like(lse)
+    rows = max(4096 // bdv, 1)
+    attention_delta[(cdiv(lse.numel(), rows),)](
+        do, out, delta, H, S_q, D_v, lse.numel(), *do.stride()[:3], *out.stride()[:3], rows, bdv, num_warps=4
+    )
+    strides = (*c.q.stride()[:3], *c.k.stride()[:3], *c.v.stride()[:3], *c.mask_strides(), *do.stride()[:3])
+    cut = attention_config("dq", S_q, S_k, bd, bdv, query.element_size(), c.rich, arch)
+    tiles = cdiv(S_q, cut.bm)
+    attention_dq[(tiles * B * H,)](
+        c.q, c.k, c.v, c.mask, do, lse, delta, dq, H, S_q, S_k, D, D_v, group, *strides, *c.tail, tiles, *c.flags,
+        cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    cut = attention_config("dkv", S_q, S_k, bd, bdv, query.element_size(), c.rich, arch)
+    tiles = cdiv(S_k, cut.bn)
+    attention_dkv[(tiles * B * H_kv,)](
+        c.q, c.k, c.v, c.mask, do, lse, delta, dk, dv, H, H_kv, S_q, S_k, D, D_v, group, *strides, *c.tail, tiles,
+        *c.flags, cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+_OPERANDS = "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed"
+_OPTIONS = "float dropout, float scale, float softcap, int window_left, int window_right, bool grad_handled=False"
+register(
+    "attention",
+    (f"({_OPERANDS}, {_OPTIONS}) -> (Tensor, Tensor)", attention_fwd, attention_fwd_fake),
+    (
+        f"(Tensor grad, {_OPERANDS}, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+        attention_bwd,
+        attention_bwd_fake,
+    ),
+)

@@ -1,0 +1,277 @@
+"""How each kernel is cut into programs: pure functions of shape and architecture, with the reason beside each."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .library import INTERPRETED
+
+
+class Arch(NamedTuple):
+    """What the choices depend on."""
+
+    name: str
+    """sm_90 and the like, gfx942 and the like, or `interpreted`."""
+    processors: int
+    """Streaming multiprocessors or compute units."""
+    shared: int
+    """Bytes of shared memory that a program may use."""
+
+
+ARCHS = {
+    "sm_80": Arch("sm_80", 108, 166912),
+    "sm_90": Arch("sm_90", 132, 232448),
+    "sm_100": Arch("sm_100", 148, 232448),
+    "sm_120": Arch("sm_120", 170, 101376),
+    "gfx942": Arch("gfx942", 304, 65536),
+    "interpreted": Arch("interpreted", 2, 232448),
+}
+"""Those that are compiled ahead of time in the tests."""
+
+
+assumed: Arch | None = None
+"""Taken for every device, where set: for compiling ahead of time (tools/triton_aot.py)."""
+
+
+def arch_of(index: int | None) -> Arch:
+    """The architecture of a GPU; of the interpreter where that runs."""
+    return assumed or _arch_of(index)
+
+
+@functools.cache
+def _arch_of(index: int | None) -> Arch:
+    if INTERPRETED:
+        return ARCHS["interpreted"]
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Arch(properties.gcnArchName.split(":")[0], properties.multi_processor_count, 65536)
+    shared: int = getattr(properties, "shared_memory_per_block_optin", 166912)
+    return Arch(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, shared)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The least power of two that is >= n and >= least."""
+    return max(1 << max(n - 1, 0).bit_length(), least)
+
+
+class Rows(NamedTuple):
+    """A program's tile of a row-wise kernel."""
+
+    rows: int
+    block: int
+    whole: bool
+    """Whether the block holds the whole row: it is then read once and kept in registers."""
+    warps: int
+
+
+@functools.cache
+def rows_config(columns: int, rows: int, arch: Arch, largest: int = 16384, step: int = 16384) -> Rows:
+    """Tile of a kernel that reduces along rows.
+
+    A thread holds 16 to 32 elements: enough loads in flight to fill the memory's latency, few enough registers for
+    full occupancy. Rows up to `largest` stay in registers; longer ones are read again, from cache, `step` elements at
+    a time. Short rows are taken several at a time. The interpreter pays per program: tiles as large as they may be.
+    """
+    if arch.name == "interpreted":  # both ways are tested without rows that take seconds
+        largest, step = 2048, 1024
+    block = power_of_2(columns, 16)
+    if block > largest:
+        # 16 warps: few programs share a multiprocessor, and L2 holds their rows till the second reading. A quarter of
+        # the block is 8 half-precision elements a thread, so that its four quarters lie in the same threads.
+        return Rows(1, step, False, 16)
+    tile = 16384 if arch.name == "interpreted" else 2048
+    together = min(max(tile // block, 1), power_of_2(rows))
+    most = 16 if arch.name.startswith("gfx") else 32  # 1024 threads: AMD's have 64 a warp
+    return Rows(together, block, True, min(max(together * block // 512, 4), most))
+
+
+class Columns(NamedTuple):
+    """A program's tile of a kernel that reduces along columns, and into how many parts the rows are cut."""
+
+    rows: int
+    block: int
+    parts: int
+    warps: int
+
+
+@functools.cache
+def columns_config(columns: int, rows: int, arch: Arch) -> Columns:
+    """Tile of a column sum.
+
+    128 neighbouring columns are whole lines of memory. The rows are cut into as many parts as give each
+    multiprocessor four programs, each at least one tile: more parts would be more partial sums to read again.
+    """
+    block = min(power_of_2(columns, 16), 128)
+    tall = 32
+    blocks = cdiv(columns, block)
+    parts = min(max(4 * arch.processors // blocks, 1), cdiv(rows, tall))
+    return Columns(tall, block, parts, 4)
+
+
+class NormBackward(NamedTuple):
+    """A program's share of norm's backward pass."""
+
+    rows: int
+    block: int
+    whole: bool
+    tiles: int
+    """Tiles of rows that one program takes, adding up the gradients of weight and bias in registers."""
+    warps: int
+
+
+@functools.cache
+def norm_bwd_config(columns: int, rows: int, arch: Arch) -> NormBackward:
+    """Tile of norm's backward pass.
+
+    As `rows_config`, but dy, x, the weight and two sums are live: rows up to 8192 stay in registers. Each
+    multiprocessor gets eight programs, two where rows are long: the partial sums must stay small beside the tensors.
+    """
+    tile = rows_config(columns, rows, arch, 8192, 8192)
+    programs = arch.processors * (8 if tile.block <= 1024 else 2)
+    return NormBackward(tile.rows, tile.block, tile.whole, cdiv(rows, programs * tile.rows), tile.warps)
+
+
+@functools.cache
+def loss_config(columns: int, rows: int, arch: Arch) -> Rows:
+    """Tile of cross-entropy. Vocabularies are longer than a program's registers, and are read in blocks of 8192.
+
+    Four programs of eight warps, 32 elements a thread, fill the memory's latency; the running maximum and sum are kept
+    for every fourth element, so that a logit costs one exponential and a quarter.
+    """
+    largest, step = (32, 32) if arch.name == "interpreted" else (4096, 8192)
+    block = power_of_2(columns, 16)
+    if block > largest:
+        return Rows(1, step, False, 8)
+    tile = 16384 if arch.name == "interpreted" else 2048
+    together = min(max(tile // block, 1), power_of_2(rows))
+    return Rows(together, block, True, min(max(together * block // 512, 4), 8))
+
+
+class Product(NamedTuple):
+    """How a matrix product is cut."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    """Blocks of A and B that are on their way at a time."""
+    group: int
+    """Rows of tiles that share the L2 cache."""
+    parts: int
+    """Into how many parts K is cut, where the tiles alone would not fill the machine."""
+    bulk: bool
+    """Whether the copy engine fetches the tiles, where alignment allows."""
+    transposes: bool
+    """Whether B is copied first where its rows are not contiguous."""
+
+
+@functools.cache
+def matmul_config(M: int, N: int, K: int, itemsize: int, precision: str, arch: Arch) -> Product:
+    """Tile of the matrix product.
+
+    Half precision: 128 x 256 x 64 for eight warps (two groups of four, which is what wgmma takes) where there are
+    enough such tiles, else 128 x 128, 64 x 64, and 16 rows where there are few. float32 without tensor cores: the
+    accumulators and the operands of a 64 x 64 tile fit the registers; with K along the rows of B its tile is read from
+    one bank of shared memory (14 TFLOP/s against 45 on an H100), so that B is copied first.
+    """
+    bulk = arch.name in ("sm_90", "sm_100", "sm_120", "interpreted") and itemsize == 2
+    if arch.name == "interpreted":
+        return Product(64, 64, 64, 4, 1, 4, 2 if K > 512 else 1, bulk, False)
+    full = itemsize == 4 and precision == "ieee"
+    large = cdiv(M, 128) * cdiv(N, 256) >= arch.processors and arch.shared > 200000
+    if full:
+        bm, bn, bk, warps, stages = (64, 64, 32, 8, 3) if M > 16 else (16, 64, 64, 4, 3)
+    elif M <= 16:
+        bm, bn, bk, warps, stages = 16, 64, 128, 4, 4
+    elif M <= 32 or N <= 32:
+        bm, bn, bk, warps, stages = 32, 64, 128, 4, 4
+    elif large and bulk:
+        bm, bn, bk, warps, stages = 128, 256, 64, 8, 4
+    elif cdiv(M, 128) * cdiv(N, 128) >= arch.processors // 2 or (K >= 4096 and M >= 128 and N >= 128):
+        bm, bn, bk, warps, stages = 128, 128, 64, 8, 4 if bulk else 3
+    else:
+        bm, bn, bk, warps, stages = 64, 64, 64, 4, 4
+    if arch.name.startswith("gfx"):
+        stages = 2
+    if itemsize == 4 and not full:
+        bk //= 2
+    # The epilogue of a bulk tile may take as much as the tile itself in half precision.
+    while stages > 2 and (bm + bn) * bk * itemsize * stages + (bm * bn if bulk else 0) > arch.shared:
+        stages -= 1
+    tiles = cdiv(M, bm) * cdiv(N, bn)
+    # Cut K where less than half of the machine would work; each part keeps at least eight blocks of K.
+    parts = min(arch.processors // tiles, K // (8 * bk)) if 2 * tiles <= arch.processors else 1
+    return Product(bm, bn, bk, warps, stages, 8, max(parts, 1), bulk, full and M >= 64)
+
+
+class Attention(NamedTuple):
+    """How attention is cut: queries and keys of a tile."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def attention_config(
+    kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, rich: bool, arch: Arch
+) -> Attention:
+    """Tile of `fwd`, `dq` or `dkv`.
+
+    Forward in half precision: 128 queries for eight warps, so that two groups of four feed wgmma, and blocks of 64 to
+    128 keys in two to three stages of shared memory: the best of seven on an H100 (271 TFLOP/s with 64 features, 335
+    with 128; the others 202 to 257 and 248 to 273). Backward keeps two accumulators or two pairs of operands more: 128
+    by 64 for dq, 64 or 32 queries by 64 keys for dk and dv, the best of five that do not spill. float32 does without
+    tensor cores and holds everything in registers: 32 by 32. Features beyond 128 halve the tiles; few queries take
+    tiles of 16. `rich`: a mask, a softcap or dropout needs registers for the elements of a tile: fewer keys then, fewer
+    queries for dk and dv.
+    """
+    if arch.name == "interpreted":
+        return Attention(64, 64, 4, 1)
+    wide = max(bd, bdv)
+    amd = arch.name.startswith("gfx")
+    if itemsize == 4:
+        if wide > 128:
+            return Attention(16, 16, 8, 1)
+        return Attention(32 if wide <= 64 else 16, 16 if rich and wide > 64 else 32, 8, 1 if amd else 2)
+    if S_q <= 16 and kernel != "dkv":
+        return Attention(16, 64 if wide <= 128 else 32, 4, 2)
+    hopper = arch.name in ("sm_90", "sm_100")
+    if kernel == "fwd":
+        if wide <= 64:
+            found = Attention(128, 64, 8 if hopper else 4, 3)
+        elif wide <= 128:
+            found = Attention(128, 128 if arch.name == "sm_90" else 64, 8, 2)
+        else:
+            found = Attention(128, 32, 8, 2) if arch.name == "sm_90" else Attention(64, 32, 8, 2)
+    elif kernel == "dq":
+        tall = hopper and not (rich and arch.name == "sm_100")
+        if wide <= 128:
+            found = Attention(128, 64, 8, 3) if tall else Attention(64, 64 if wide <= 64 else 32, 8, 2)
+        else:
+            found = Attention(64, 32, 4 if hopper else 8, 2)
+    elif wide <= 64:
+        found = Attention(64, 64, 4, 3) if hopper else Attention(64, 64, 8, 2)
+    elif wide <= 128:
+        found = Attention(32, 64, 4, 3) if hopper else Attention(32, 64, 8, 2)
+    else:
+        found = Attention(32, 64, 8, 1) if hopper else Attention(32, 32, 8, 1)
+    few = 32 if wide <= 128 and not (amd and wide > 64) else 16
+    if rich and kernel == "dkv":
+        found = found._replace(bm=few, warps=8 if wide > 64 else found.warps, stages=2)
+    elif rich and kernel == "fwd":
+        tallest = 128 if wide <= 128 else 64 if arch.name == "sm_90" else 32
+        found = found._replace(bm=min(found.bm, tallest), bn=few, warps=8)
+    elif rich:
+        found = found._replace(bn=few, warps=8)
+    if amd:  # 64 lanes a warp and no asynchronous copies
+        found = found._replace(bm=min(found.bm, 64), stages=1)
+    return found
