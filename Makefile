@@ -4,6 +4,8 @@
 # make sanitize   the C++ core's own tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make aarch64    the C++ core's own tests cross-compiled for 64-bit Arm, run under qemu
 # make test-slow  the tests that take longer than a minute each
+# make test-gpu   every test that needs a GPU, unattended; keeps what came out
+# make audit-gpu  registers, spills, occupancy of the GPU kernels in build/, without a GPU
 # make rows       the performance table: every row against the machine's limit and the best alternative
 # make clean      removes .venv and everything built
 #
@@ -31,7 +33,7 @@ say = @printf '\033[1m==\033[0m %s\n' "$(1)"
 CPP_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null | LC_ALL=C sort)
 BUILD_INPUTS := CMakeLists.txt pyproject.toml tools/build_backend.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: demo test test-slow rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
+.PHONY: demo test test-slow test-gpu audit-gpu rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
 .DELETE_ON_ERROR:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -48,6 +50,14 @@ test: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
 
 test-slow: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
 	@$(ENV) $(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: $(STAMPS)/extension $(STAMPS)/extra-test
+	@$(ENV) $(PY) tests/gpu/run.py $(PYTEST_ARGS)
+
+# What nvcc made of csrc/cuda, and what Triton's compiler makes of kernels/.
+audit-gpu: $(STAMPS)/extension
+	@$(ENV) $(PY) tools/triton_aot.py --out build/triton
+	@$(ENV) $(PY) tools/gpu_audit --write docs/gpu_audit.md $(wildcard fastnn/_C*.so) build/triton
 
 rows: $(STAMPS)/extension $(STAMPS)/extra-test
 	@$(PY) -m fastnn bench softmax linear

@@ -21,15 +21,17 @@ _LABEL = 19
 
 
 def info() -> dict[str, Any]:
-    """Version, backends and why one is missing, instruction set, threads and the machine, ready for JSON.
+    """Version, backends and why one is missing, instruction set, threads, GPUs and the machine, ready for JSON.
 
-    `isa` holds the instruction set in force and what this CPU supports and this build contains, in rising order;
-    `environment` the FASTNN_ variables that are set.
+    A backend for GPUs is available where its kernels are there and a GPU is, too. `isa` holds the instruction set in
+    force and what this CPU supports and this build contains, in rising order; `environment` the FASTNN_ variables that
+    are set.
     """
     from . import __version__
 
     extension = _extension._C
     name, flags = _cpu()
+    _dispatch.why_no_kernel("", "triton")  # Triton's kernels are there from the first question on
     return {
         "fastnn": __version__,
         "torch": torch.__version__,
@@ -39,6 +41,7 @@ def info() -> dict[str, Any]:
         "amx": "present, not used" if "amx_tile" in flags else "absent",
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "gpus": _gpus(),
         "backends": {backend: _backend(backend) for backend in _dispatch.BACKENDS},
         "forced_backend": _dispatch.backend_in_force(),
         "isa": {
@@ -51,9 +54,29 @@ def info() -> dict[str, Any]:
 
 
 def _backend(backend: str) -> dict[str, Any]:
-    ops = [op for op, kernels in _dispatch.KERNELS.items() if backend in kernels]
-    missing = "" if ops or backend == "reference" else _extension.missing or f"no op has a {backend} kernel"
-    return {"available": not missing, "ops": ops, "why_not": missing}
+    known = sorted(_dispatch.KERNELS) or [""]
+    reasons = {op: _dispatch.why_no_kernel(op, backend) for op in known}
+    ops = [op for op in known if op and not reasons[op]]
+    missing = "" if ops or backend == "reference" else reasons[known[0]]
+    if ops and backend in ("cuda", "triton"):
+        missing = why_no_gpu() or _dispatch.too_old(0)
+    return {"available": not missing, "ops": [] if backend == "reference" else ops, "why_not": missing}
+
+
+def why_no_gpu() -> str:
+    """Why torch has no GPU here, in words; empty where it has one."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return "" if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def _gpus() -> list[dict[str, Any]]:
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = round(gpu.total_memory / 2**30, 1)
+        found.append({"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": memory})
+    return found
 
 
 def _cpu() -> tuple[str, frozenset[str]]:
@@ -93,10 +116,13 @@ def _text(found: dict[str, Any]) -> str:
         "processor": f"{found['cpu']} (AMX {found['amx']})",
         "threads": f"{found['threads']} of {found['cores']}",
     }
+    for index, gpu in enumerate(found["gpus"]):
+        lines[f"GPU {index}"] = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB"
     for backend, state in found["backends"].items():
         runs = ", ".join(state["ops"]) or "every op, in plain PyTorch"
+        why = f"built for {runs}, not used: {state['why_not']}" if state["ops"] else f"missing: {state['why_not']}"
         forced = " (forced)" if found["forced_backend"] == backend else ""
-        lines[f"{backend} backend"] = (runs if state["available"] else f"missing: {state['why_not']}") + forced
+        lines[f"{backend} backend"] = (runs if state["available"] else why) + forced
     lines["instruction set"] = isa["in_force"] or "none, the extension is missing"
     lines["  supported here"] = ", ".join(isa["supported"])
     lines["  in this build"] = ", ".join(isa["compiled"])

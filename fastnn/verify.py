@@ -98,20 +98,26 @@ def verify(seconds: float = SECONDS) -> Report:
                     _check(case, dtype, target, part)
     finally:
         torch.set_num_threads(threads)
-    unavailable = {str(target): why for target, why in testing.unavailable().items()}
-    order = [str(target) for target in testing.targets()]
+    missing = {**testing.unavailable(), **(testing.unavailable("cuda") if torch.cuda.is_available() else {})}
+    unavailable = {str(target): why for target, why in missing.items()}
+    order = [str(target) for target in _targets()]
     ordered = sorted(parts.values(), key=lambda part: (part.op, order.index(part.target)))
     return Report(ordered, unavailable, time.monotonic() - start)
 
 
+def _targets() -> tuple[Target, ...]:
+    """Of this machine: its CPU's and, where it has a GPU, its GPU's."""
+    return (*testing.targets(), *testing.targets("cuda"))
+
+
 def _everything() -> Iterator[tuple[Case, str, Target]]:
     """Every case, dtype and target; all targets take turns, so that a lack of time leaves out a little of each."""
-    targets = testing.targets()
+    targets = _targets()
     for wide in (False, True):
         found = [[case for case in testing.cases(op) if case.wide == wide] for op in testing.op_names()]
         for number in range(max(map(len, found))):
             for case in [cases[number] for cases in found if number < len(cases)]:
-                for target in targets:
+                for target in [target for target in targets if target.takes(case)]:
                     for dtype in target.dtypes:
                         yield case, dtype, target
 

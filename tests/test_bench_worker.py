@@ -242,4 +242,5 @@ def test_a_record_is_ready_for_json():
         "count": 1,
         "times": [],
         "interrupted": 0,
+        "host": None,
     }

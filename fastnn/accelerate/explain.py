@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import _extension
-from .isolate import call, check_model, isolated, plain_inputs
+from .isolate import call, check_model, isolated, plain_inputs, tensors
 from .survey import FASTNN, Finding, survey
 from .table import Column, pattern, plain, rich_table, shortened
 
 if TYPE_CHECKING:
+    from ..bench.gpu_limits import GpuLimits
     from ..bench.limits import Limits
 
 _RUNS = 3
@@ -155,7 +156,8 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
     """
     check_model("explain", model)
     inputs = plain_inputs(example_inputs)
-    clock = _Clock()
+    device = next((t.device.type for t in (*model.parameters(), *tensors(inputs))), "cpu")
+    clock = _Clock(device)
     with isolated(model), torch.set_grad_enabled(model.training and torch.is_grad_enabled()):
         call(model, inputs)
         with clock.watching(model):
@@ -163,9 +165,7 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
                 with isolated(model):
                     call(model, inputs)
     findings = {finding.module: finding for finding in survey(model).findings}
-    from ..bench.limits import hasty_limits  # not at the top: `import fastnn` has no use for the benchmarks
-
-    limits = hasty_limits(torch.get_num_threads())
+    limits = _limits(device)
     total = clock.total or 1.0
     parts = []
     for name, module in model.named_modules():
@@ -178,6 +178,17 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
             least = clock.least_ms(module, limits)
             parts.append(Part(name, kind, calls // _RUNS, ms, seconds / total, kernel, backend, isa, why_not, least))
     return Explanation(tuple(sorted(parts, key=lambda part: -part.ms)), 1e3 * total / _RUNS)
+
+
+def _limits(device: str) -> Limits | GpuLimits | None:
+    # Not at the top: `import fastnn` has no use for the benchmarks.
+    if device == "cuda":
+        from ..bench.gpu_limits import gpu_limits
+
+        return gpu_limits()
+    from ..bench.limits import hasty_limits
+
+    return hasty_limits(torch.get_num_threads())
 
 
 def _outlook(module: Module, found: Finding | None) -> tuple[str, str, str]:
@@ -202,9 +213,10 @@ def _like(t: Tensor) -> _Like:
 
 
 class _Clock:
-    """Own time and calls of each module, from hooks."""
+    """Own time and calls of each module, from hooks; on a GPU what was queued before is waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self.own: dict[Module, tuple[float, int]] = {}
         self.total = 0.0
         self._seen: dict[Module, list[tuple[_Like, _Like] | None]] = {}
@@ -221,12 +233,17 @@ class _Clock:
                 hooks.callback(module.register_forward_hook(self._leave).remove)
             yield
 
+    def _now(self) -> float:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def _enter(self, module: Module, args: Any) -> None:
-        self._open.append([time.perf_counter(), 0.0])
+        self._open.append([self._now(), 0.0])
 
     def _leave(self, module: Module, args: Any, output: Any) -> None:
         start, inside = self._open.pop()
-        took = time.perf_counter() - start
+        took = self._now() - start
         seconds, calls = self.own.get(module, (0.0, 0))
         self.own[module] = seconds + took - inside, calls + 1
         given = args[0] if isinstance(args, tuple) and args else None
@@ -237,7 +254,7 @@ class _Clock:
         else:
             self.total += took
 
-    def least_ms(self, module: Module, limits: Limits | None) -> float | None:
+    def least_ms(self, module: Module, limits: Limits | GpuLimits | None) -> float | None:
         """The least that a run's calls of the module could take; None where that is not known."""
         if limits is None:
             return None

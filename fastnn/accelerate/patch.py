@@ -32,7 +32,8 @@ def accelerate(model: Module, *, example_inputs: Any = None, freeze: bool = Fals
             policy is undone. Buffers, `.grad` and the random state are as before afterwards. Without them the report
             says 'unverified'.
         freeze: keep packed copies of the linear layers' weights, which makes inference faster and costs their memory
-            again. A copy is never used while the layer trains, and is rebuilt when the weight changes.
+            again; on the CPU alone (the report says so of layers elsewhere). A copy is never used while the layer
+            trains, and is rebuilt when the weight changes.
 
     Returns:
         The report: what was done with every layer and why not, and `restore()`. As a context manager it restores on
@@ -142,5 +143,6 @@ def _label(name: str) -> str:
 def _kernel(layer: Finding) -> str:
     if layer.backend == "reference":
         return "reference"
-    packed = layer.op == "linear" and vars(layer.module).get("packed") is not None and not layer.module.training
+    held = layer.op == "linear" and vars(layer.module).get("packed") is not None and not layer.module.training
+    packed = held and layer.backend == "cpu"
     return f"{layer.op}{'_packed' if packed else ''}_fwd"

@@ -73,17 +73,13 @@ def backend_for(op: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
 
     "reference" for what a kernel would run, where the extension is missing or the reference is forced.
     """
-    reasons = []
-    forced = _dispatch.backend_in_force() == "reference"
-    for backend in _dispatch.BACKENDS:
-        if backend == "reference":
-            continue
-        reason = _dispatch.why_not(op, backend, device, dtype)
-        if reason and reason == _extension.missing and device.type == backend and dtype in _dispatch.KERNEL_DTYPES:
-            return "reference", ""
-        if not reason:
-            return "reference" if forced else backend, ""
-        reasons.append(reason)
+    forced = _dispatch.backend_in_force()
+    asked = _dispatch.order(op, device.type) if forced in (None, "reference") else (forced,)
+    reasons = [_dispatch.why_not(op, backend, device, dtype) for backend in asked]
+    if "" in reasons:
+        return "reference" if forced == "reference" else asked[reasons.index("")], ""
+    if _extension.missing in reasons and device.type in asked and dtype in _dispatch.KERNEL_DTYPES:
+        return "reference", ""
     return "", "; ".join(reasons)
 
 
@@ -142,6 +138,8 @@ def _linear(found: Finding, module: nn.Linear, freeze: bool) -> Finding:
         return found
     owns_weight = isinstance(module.weight, nn.Parameter)  # weight_norm's hook makes a new one at each call
     freeze = freeze and owns_weight and vars(module).get("packed") is None
+    if freeze and module.weight.device.type != "cpu":
+        freeze, found.note = False, f"not frozen: packed weights are for the CPU, this one is on {module.weight.device}"
     if freeze or not already:
         found.patch = Patch(module, Linear, {} if already else {"activation": None}, freeze)
     else:

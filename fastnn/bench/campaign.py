@@ -12,6 +12,8 @@ from ..testing.bench_cases import BenchCase, bench_cases, families
 from .allocators import PLAIN, SETTINGS, TUNED
 from .contenders import CONTENDERS, OURS
 from .files import check_writable
+from .gpu_limits import GpuLimits, gpu_limits
+from .gpu_machine import describe_gpu, why_no_gpu
 from .limits import Limits, NoLimits, hasty_limits, machine_limits
 from .machine import OthersLoad, allowed_cpus, bars_hold, commit, describe, idlest_cpus, versions
 from .results import Result, case_to_json, rows_of
@@ -41,6 +43,8 @@ class Options:
     """The sweep's shapes, against eager torch alone, instead of the public rows."""
     contenders: tuple[str, ...] = ()
     """Names, `tuned` for the allocator setting; empty for everybody who is installed."""
+    device: str = "cpu"
+    """`cpu`, or `cuda`: the rows of GPUs, each of our backends there as a way of its own."""
     threads: int = 1
     rounds: int = 7
     """Rounds of one visit."""
@@ -76,7 +80,7 @@ class Plan:
                 why = who.why_not(case)
                 if why:
                     refused[name] = why
-                elif setting in who.settings:
+                elif setting in who.settings or case.device != "cpu":
                     found.append(Entrant(name, setting))
         return found, refused
 
@@ -85,13 +89,15 @@ def plan(options: Options) -> Plan:
     """What `options` ask for.
 
     Raises:
-        BadOptions: an unknown family or contender, one that is asked for and not installed, numbers out of range.
+        BadOptions: an unknown family or contender, one that is asked for and not installed, numbers out of range, a
+            device that is not there.
     """
+    _check_device(options)
     _check_numbers(options)
     for name in options.families:
         if name not in families():
             raise BadOptions(f"no family of rows {name!r}; there are {', '.join(families())}")
-    chosen = [case for name in options.families or families() for case in bench_cases(name)]
+    chosen = [case for name in options.families or families() for case in bench_cases(name, options.device)]
     cases = [case for case in chosen if case.sweep == options.sweep and options.only in case.id]
     if not cases:
         known = ", ".join(dict.fromkeys(case.row for case in chosen if case.sweep == options.sweep))
@@ -109,6 +115,17 @@ def _quick(cases: Sequence[BenchCase]) -> BenchCase:
     return public[0] if public else max(small or cases, key=lambda case: case.work.bytes)
 
 
+def _check_device(options: Options) -> None:
+    if options.device not in ("cpu", "cuda"):
+        raise BadOptions(f"device must be cpu or cuda, got {options.device!r}")
+    if options.device == "cuda":
+        why = why_no_gpu()
+        if why:
+            raise BadOptions(f"device cuda: {why}")
+        if options.sweep:
+            raise BadOptions("device cuda has no sweep: its rows are all public")
+
+
 def _check_numbers(options: Options) -> None:
     cores = len(allowed_cpus())
     if not 1 <= options.threads <= cores:
@@ -121,25 +138,27 @@ def _check_numbers(options: Options) -> None:
 
 
 def _plan_contenders(options: Options, cases: list[BenchCase]) -> Plan:
-    missing = {name: why for name, who in CONTENDERS.items() if (why := who.missing())}
+    known = {name: who for name, who in CONTENDERS.items() if options.device in who.devices}
+    missing = {name: why for name, who in known.items() if (why := who.missing())}
     if options.quick or options.sweep:
         return Plan(cases, ["eager"], (PLAIN,), {})
     asked = options.contenders
     for name in asked:
-        if name not in CONTENDERS and name != TUNED:
-            raise BadOptions(f"unknown contender {name!r}; known: {', '.join([*CONTENDERS, TUNED])}")
+        if name not in known and (name != TUNED or options.device != "cpu"):
+            takers = ", ".join([*known, TUNED] if options.device == "cpu" else known)
+            raise BadOptions(f"unknown contender {name!r}; known: {takers}")
         if name in missing:
             raise BadOptions(f"contender {name}: {missing[name]}")
-    names = [name for name in CONTENDERS if name not in missing and (not asked or name in asked)]
+    names = [name for name in known if name not in missing and (not asked or name in asked)]
     if not names:
         names = ["eager"]  # tuned alone was asked for
-    settings = (PLAIN, TUNED) if not asked or TUNED in asked else (PLAIN,)
+    settings = (PLAIN, TUNED) if options.device == "cpu" and (not asked or TUNED in asked) else (PLAIN,)
     return Plan(cases, names, settings, {} if asked else missing)
 
 
 def method_of(options: Options, cpus: Sequence[int], bars: bool) -> dict[str, Any]:
     """The method as a result file states it."""
-    return {
+    found = {
         **{name: value for name, value in asdict(options).items() if name != "fresh"},
         "cpus": list(cpus),
         "settings": SETTINGS,
@@ -147,6 +166,10 @@ def method_of(options: Options, cpus: Sequence[int], bars: bool) -> dict[str, An
         "caches": "warm: inputs are the same in every call",
         "clock": "median of rounds, contenders interleaved, order turning; garbage collection off",
     }
+    if options.device == "cuda":
+        found["caches"] = "cold: as much memory as fills the L2 cache four times is read before each call"
+        found["clock"] = "CUDA events around each call, median of a sample's calls; " + found["clock"]
+    return found
 
 
 Progress = Callable[[str], None]
@@ -166,9 +189,10 @@ def run(options: Options, path: Path | None = None, progress: Progress = lambda 
         check_writable(path.parent)
     progress("the machine's limits")
     limits = _limits(options)
-    cpus = idlest_cpus(options.threads)
-    machine = describe()
-    bars = bars_hold(machine) and options.threads == 1 and not (options.quick or options.sweep)
+    on_gpu = options.device == "cuda"
+    cpus = [] if on_gpu else idlest_cpus(options.threads)  # autograd has a thread of its own for a GPU
+    machine = {**describe(), "gpu": describe_gpu()} if on_gpu else describe()
+    bars = bars_hold(machine) and options.threads == 1 and not (options.quick or options.sweep or on_gpu)
     result = Result(
         machine=machine,
         versions=versions(),
@@ -182,7 +206,7 @@ def run(options: Options, path: Path | None = None, progress: Progress = lambda 
         result.save(path)
     others = OthersLoad()
     try:
-        with Session(options.threads, cpus, options.sample_seconds) as session:
+        with Session(options.threads, cpus, options.sample_seconds, options.device) as session:
             _Run(options, todo, limits, session, result, path, progress).everything()
         result.complete = True
     except KeyboardInterrupt:
@@ -193,7 +217,9 @@ def run(options: Options, path: Path | None = None, progress: Progress = lambda 
     return result
 
 
-def _limits(options: Options) -> Limits | None:
+def _limits(options: Options) -> Limits | GpuLimits | None:
+    if options.device == "cuda":
+        return gpu_limits(fresh=options.fresh)
     if options.quick and not options.fresh:
         return hasty_limits(options.threads)
     try:
@@ -208,7 +234,7 @@ class _Run:
 
     options: Options
     todo: Plan
-    limits: Limits | None
+    limits: Limits | GpuLimits | None
     session: Session
     result: Result
     path: Path | None

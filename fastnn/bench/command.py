@@ -17,6 +17,11 @@ from .campaign import BadOptions, Options
 from .campaign import run as run_benchmark
 from .contenders import CONTENDERS
 from .documents import write
+from .gpu_limits import gpu_limits
+from .gpu_machine import why_no_gpu
+from .gpu_tables import limits_table as gpu_limits_table
+from .gpu_tables import on_gpu
+from .gpu_tables import rows_table as gpu_rows_table
 from .limits import NoLimits, cache_folder, machine_limits
 from .results import BadResult, Result
 from .tables import limits_table, rows_table
@@ -44,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         default="",
         help=f"contenders, by comma: {', '.join(CONTENDERS)}, tuned; by default everybody who is installed",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default=defaults.device,
+        help="cuda: the rows of GPUs, each of our backends there in a column of its own",
     )
     parser.add_argument("--threads", type=int, default=defaults.threads)
     parser.add_argument("--rounds", type=int, default=defaults.rounds, help="of each visit of a row")
@@ -75,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.list:
-        return _list()
+        return _list(arguments.device)
     if "limits" in arguments.what:
         if len(arguments.what) > 1:
             raise BadOptions("limits goes alone: measure the rows by another call")
@@ -102,6 +113,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         only=arguments.only,
         sweep=arguments.sweep,
         contenders=tuple(filter(None, re.split(r"[,\s]+", arguments.contenders))),
+        device=arguments.device,
         threads=arguments.threads,
         rounds=arguments.rounds,
         passes=arguments.passes,
@@ -118,7 +130,8 @@ def _path(arguments: argparse.Namespace) -> Path | None:
     what = "-".join(dict.fromkeys(arguments.what)) or "all"
     kind = "-sweep" if arguments.sweep else ""
     folder: Path = arguments.results or RESULTS
-    return folder / f"{stamp}-{what}{kind}-{arguments.threads}t.json"
+    where = f"{arguments.threads}t" if arguments.device == "cpu" else arguments.device
+    return folder / f"{stamp}-{what}{kind}-{where}.json"
 
 
 def _console(stderr: bool = False) -> Any:
@@ -155,7 +168,7 @@ def _show(result: Result, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result.to_json(), ensure_ascii=False) + "\n")
     else:
-        _console().print(rows_table(result))
+        _console().print(gpu_rows_table(result) if on_gpu(result) else rows_table(result))
 
 
 def _from_file(arguments: argparse.Namespace) -> int:
@@ -173,21 +186,24 @@ def _from_file(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _list() -> int:
+def _list(device: str) -> int:
     console = _console()
     for family in families():
-        public = [case for case in bench_cases(family) if not case.sweep]
-        sweep = {case.shape for case in bench_cases(family) if case.sweep}
+        public = [case for case in bench_cases(family, device) if not case.sweep]
+        sweep = {case.shape for case in bench_cases(family, device) if case.sweep}
         console.print(f"[bold]{family}[/]: {len(public)} rows, {len(sweep)} shapes in the sweep")
         for case in public:
             console.print(f"  {case.id}", highlight=False)
     console.print("[bold]contenders[/]")
     for name, who in CONTENDERS.items():
-        console.print(f"  {name}: {who.missing() or 'installed'}", highlight=False)
+        if device in who.devices:
+            console.print(f"  {name}: {who.missing() or 'installed'}", highlight=False)
     return 0
 
 
 def _limits(arguments: argparse.Namespace) -> int:
+    if arguments.device == "cuda":
+        return _gpu_limits(arguments)
     limits = machine_limits(fresh=arguments.fresh)
     if arguments.json:
         sys.stdout.write(json.dumps(limits.to_json(), indent=1) + "\n")
@@ -196,5 +212,19 @@ def _limits(arguments: argparse.Namespace) -> int:
     console.print(f"[bold]{limits.machine}[/], instruction set in force: {limits.isa}", highlight=False)
     for table in limits_table(limits):
         console.print(table)
+    console.print(f"kept in {cache_folder()}; --fresh measures again", highlight=False)
+    return 0
+
+
+def _gpu_limits(arguments: argparse.Namespace) -> int:
+    why = why_no_gpu()
+    if why:
+        raise NoLimits(f"no GPU to measure: {why}")
+    limits = gpu_limits(fresh=arguments.fresh)
+    if arguments.json:
+        sys.stdout.write(json.dumps(limits.to_json(), indent=1) + "\n")
+        return 0
+    console = _console()
+    console.print(gpu_limits_table(limits))
     console.print(f"kept in {cache_folder()}; --fresh measures again", highlight=False)
     return 0

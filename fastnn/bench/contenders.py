@@ -9,17 +9,22 @@ from __future__ import annotations
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from .._dispatch import use_backend, why_no_kernel
 from ..testing.bench_cases import BenchCase, Results
 from ..testing.cases import Inputs
 from .allocators import PLAIN, TUNED
 
 OURS = "fastnn"
 """Our name; a labelled way is `fastnn <label>`."""
+
+_EVERYWHERE = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Runner:
     """Runs once and gives what it computed, in the case's dtype."""
     output: Literal["fresh", "reused"] = "fresh"
     """Whether each call allocates its result, as in a model, or writes to the same memory."""
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+    """What surrounds the calls, and is not timed."""
 
 
 class Contender(ABC):
@@ -43,7 +50,9 @@ class Contender(ABC):
     install: str = ""
     """What to type to get them."""
     settings: tuple[str, ...] = (PLAIN, TUNED)
-    """Allocator settings under which it is measured."""
+    """Allocator settings under which it is measured; on a GPU it is the plain one for all."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where it runs."""
     frozen = False
     """Whether it treats a case's constants as such (packs weights, say)."""
     native = False
@@ -76,27 +85,36 @@ def register(contender: type[Contender]) -> type[Contender]:
 class Ours(Contender):
     """One of our ways to run a case."""
 
-    native = True
+    native, devices = True, _EVERYWHERE
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.name = f"{OURS} {label}".strip()
 
     def why_not(self, case: BenchCase) -> str:
-        """Whether the case has a way of that label."""
-        return "" if any(way.label == self.label for way in case.ours) else "no such way to run this row"
+        """Whether the case has a way of that label, and its op a kernel of the backend that is forced."""
+        ways = [way for way in case.ours if way.label == self.label]
+        if not ways:
+            return "no such way to run this row"
+        op, backend = ways[0].kernel.rpartition("_")[0], ways[0].backend
+        return why_no_kernel(op, backend) if backend else ""
 
     def prepare(self, case: BenchCase, inputs: Inputs, threads: int, setting: str) -> Runner:
         """As the case's family says."""
-        call = next(way for way in case.ours if way.label == self.label).prepare(inputs)
-        return Runner(call, call)
+        way = next(way for way in case.ours if way.label == self.label)
+        if not way.backend:
+            call = way.prepare(inputs)
+            return Runner(call, call)
+        with use_backend(way.backend):
+            call = way.prepare(inputs)
+        return Runner(call, call, around=partial(use_backend, way.backend))
 
 
 @register
 class Eager(Contender):
     """Torch as people call it."""
 
-    name, native = "eager", True
+    name, native, devices = "eager", True, _EVERYWHERE
 
     def prepare(self, case: BenchCase, inputs: Inputs, threads: int, setting: str) -> Runner:
         """The plain call."""
@@ -111,7 +129,7 @@ class Eager(Contender):
 class ByHand(Contender):
     """Torch as an expert writes it."""
 
-    name, native = "by_hand", True
+    name, native, devices = "by_hand", True, _EVERYWHERE
 
     def why_not(self, case: BenchCase) -> str:
         """Most plain calls are the best one."""
@@ -133,7 +151,7 @@ class ByHand(Contender):
 class EagerOut(Contender):
     """Torch writing into a result that is there already."""
 
-    name, native = "eager_out", True
+    name, native, devices = "eager_out", True, _EVERYWHERE
 
     def why_not(self, case: BenchCase) -> str:
         """Only some functions have `out=`."""
@@ -157,7 +175,7 @@ class EagerOut(Contender):
 class Compile(Contender):
     """`torch.compile` of the eager call."""
 
-    name, native = "compile", True
+    name, native, devices = "compile", True, _EVERYWHERE
 
     def prepare(self, case: BenchCase, inputs: Inputs, threads: int, setting: str) -> Runner:
         """Compiles for exactly these shapes."""
@@ -204,3 +222,4 @@ def contender(name: str) -> Contender:
 
 
 from . import engines as engines  # noqa: E402  (registers the engines beside torch)
+from . import gpu_engines as gpu_engines  # noqa: E402  (registers those for GPUs)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import gpu_tables
 from .files import write_atomically
 from .results import BadResult, Result, load
 from .tables import markdown
@@ -18,7 +19,11 @@ _SOURCE = re.compile(r"<!-- from (\S+) -->")
 
 def block(results: Sequence[tuple[str, Result]]) -> str:
     """What stands between the markers for results by the names of their files."""
-    return "\n\n".join(f"<!-- from {name} -->\n{markdown(result)}" for name, result in results)
+    return "\n\n".join(f"<!-- from {name} -->\n{_markdown(result)}" for name, result in results)
+
+
+def _markdown(result: Result) -> str:
+    return gpu_tables.markdown(result) if gpu_tables.on_gpu(result) else markdown(result)
 
 
 def write(document: Path, sources: Sequence[Path]) -> None:

@@ -52,6 +52,14 @@ def way_name(pages: str, streaming: bool) -> str:
     return ("4 KiB pages" if pages == "small" else "huge pages") + (", streaming stores" if streaming else "")
 
 
+def stream_seconds(work: Work, read: float, copy: float, write: float) -> float:
+    """Time to stream the work's bytes: per byte between those of the three bandwidths, by the written share."""
+    read, copy, write = 1 / read, 1 / copy, 1 / write
+    share = work.written / max(work.bytes, 1)
+    per_byte = read + (copy - read) * 2 * share if share <= 0.5 else copy + (write - copy) * (2 * share - 1)
+    return work.bytes * per_byte
+
+
 @dataclass(frozen=True)
 class Bound:
     """The limit of one row."""
@@ -95,11 +103,8 @@ class Limits:
         return max(self.memory[self._nearest(threads)][kind].values())
 
     def memory_seconds(self, work: Work, threads: int = 1) -> float:
-        """Time to stream so many bytes: per byte between those of read, copy and write, by the written share."""
-        read, copy, write = (1 / self.bandwidth(kind, threads) for kind in ("read", "copy", "write"))
-        share = work.written / max(work.bytes, 1)
-        per_byte = read + (copy - read) * 2 * share if share <= 0.5 else copy + (write - copy) * (2 * share - 1)
-        return work.bytes * per_byte
+        """Time to stream so many bytes."""
+        return stream_seconds(work, *(self.bandwidth(kind, threads) for kind in ("read", "copy", "write")))
 
     def bound(self, work: Work, threads: int = 1) -> Bound:
         """The least time for `work`: the longer of its operations at the peak and its bytes at the bandwidth.

@@ -152,7 +152,10 @@ def load(path: Path) -> Result:
 def case_to_json(case: BenchCase, bound: Bound | None, measured: Measured) -> dict[str, Any]:
     """One case as a result file holds it; times in microseconds with five digits."""
     entrants = {
-        label: {**vars(record), "times": [float(f"{time * 1e6:.5g}") for time in record.times]}
+        label: {
+            **{name: value for name, value in vars(record).items() if name != "host" or value is not None},
+            "times": [float(f"{time * 1e6:.5g}") for time in record.times],
+        }
         for label, record in measured.records.items()
     }
     return {

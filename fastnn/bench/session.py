@@ -53,22 +53,22 @@ class Entrant:
         """How results call it."""
         return self.name if self.setting == PLAIN else f"{self.name}, {self.setting}"
 
-    def process(self, threads: int) -> tuple[str, str]:
-        """The process that runs it: those with equal keys share one."""
-        shared = threads == 1 and contender(self.name).native
+    def process(self, threads: int, device: str = "cpu") -> tuple[str, str]:
+        """The process that runs it: those with equal keys share one. On a GPU what torch.compile leaves is apart."""
+        shared = contender(self.name).native and (threads == 1 if device == "cpu" else self.name != "compile")
         return ("torch" if shared else self.name, self.setting)
 
 
 class WorkerProcess:
     """The other end of `fastnn.bench.worker`."""
 
-    def __init__(self, threads: int, setting: str, cpus: Sequence[int]) -> None:
+    def __init__(self, threads: int, setting: str, cpus: Sequence[int], device: str = "cpu") -> None:
         self._errors = tempfile.TemporaryFile()
         path = os.pathsep.join([_PACKAGE_PARENT, *filter(None, [os.environ.get("PYTHONPATH")])])
         before = _pin(cpus)
         try:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "fastnn.bench.worker", str(threads), setting],
+                [sys.executable, "-m", "fastnn.bench.worker", str(threads), setting, device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -159,6 +159,8 @@ class Record:
     """Seconds per call, one for each round."""
     interrupted: int = 0
     """Samples during which the process did not run all the time, even after retries."""
+    host: float | None = None
+    """On a GPU: seconds per call on the CPU until everything is queued, the least of all rounds."""
 
 
 @dataclass
@@ -175,8 +177,8 @@ class Measured:
 class Session:
     """Worker processes and what they are asked. A context manager: leaving it ends the processes."""
 
-    def __init__(self, threads: int, cpus: Sequence[int], sample_seconds: float) -> None:
-        self.threads, self.cpus, self.sample_seconds = threads, list(cpus), sample_seconds
+    def __init__(self, threads: int, cpus: Sequence[int], sample_seconds: float, device: str = "cpu") -> None:
+        self.threads, self.cpus, self.sample_seconds, self.device = threads, list(cpus), sample_seconds, device
         self._processes: dict[tuple[str, str], WorkerProcess] = {}
         self._turn = 0
 
@@ -207,13 +209,13 @@ class Session:
             for entrant in [*ready[turn:], *ready[:turn]]:
                 if entrant.label in measured.records:
                     self._sample(entrant, measured)
-        for process in {entrant.process(self.threads) for entrant in ready}:
+        for process in {entrant.process(self.threads, self.device) for entrant in ready}:
             self._ask(process, SAMPLE_SECONDS, do="close")
 
     def _open(self, case: BenchCase, entrants: Sequence[Entrant], measured: Measured, first: bool) -> list[Entrant]:
         groups: dict[tuple[str, str], list[Entrant]] = {}
         for entrant in entrants:
-            groups.setdefault(entrant.process(self.threads), []).append(entrant)
+            groups.setdefault(entrant.process(self.threads, self.device), []).append(entrant)
         ready = []
         for process, members in groups.items():
             answer = self._ask(
@@ -243,13 +245,14 @@ class Session:
         record = measured.records[entrant.label]
         if self.threads > 1:
             time.sleep(_SETTLE_SECONDS)
-        answer = self._ask(
-            entrant.process(self.threads), SAMPLE_SECONDS, do="sample", contender=entrant.name, count=record.count
-        )
+        process = entrant.process(self.threads, self.device)
+        answer = self._ask(process, SAMPLE_SECONDS, do="sample", contender=entrant.name, count=record.count)
         if "died" in answer:
             self._drop(entrant, answer["died"], measured)
             return
         record.times.append(answer["seconds"])
+        if "host" in answer:
+            record.host = min(answer["host"], record.host or answer["host"])
         record.interrupted += self.threads == 1 and answer["idle"] > DISTURBED
 
     @staticmethod
@@ -261,7 +264,7 @@ class Session:
         """The answer of the process of that key, started if need be; `died` with the reason where there is none."""
         try:
             if key not in self._processes:
-                self._processes[key] = WorkerProcess(self.threads, key[1], self.cpus)
+                self._processes[key] = WorkerProcess(self.threads, key[1], self.cpus, self.device)
             return self._processes[key].ask(timeout, **request)
         except WorkerDied as error:
             dead = self._processes.pop(key, None)

@@ -25,10 +25,11 @@ from .cases import (
 from .matrix import Cell, PromiseError, Verdict, check, matrix_cells
 from .poison import poisoned
 from .policy import BudgetError, assert_within_budget, same_bits
-from .targets import REFERENCE, Target, best, targets, unavailable
+from .targets import INTERPRETED, REFERENCE, Target, best, targets, unavailable
 
 __all__ = [
     "DTYPES",
+    "INTERPRETED",
     "LAYOUTS",
     "MATRIX_LAYOUTS",
     "REFERENCE",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal, TypeVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import rows
 from .cases import DTYPES, Inputs
+from .targets import GPU_BACKENDS
 
 Direction = Literal["fwd", "bwd", "fb"]
 """Forward, backward alone, or both."""
@@ -40,7 +41,7 @@ class Work:
     operations: int
     """A multiply-add counts as two, an exp as `EXP_OPERATIONS`."""
     unit: str = "fp32"
-    """Whose peak rate the operations are held to: fp32, bf16 or int8."""
+    """Whose peak rate the operations are held to: fp32, bf16 or int8; on GPUs fp32, bf16 or fp16."""
 
     @property
     def bytes(self) -> int:
@@ -76,6 +77,8 @@ class Ours:
     bar: Bar = field(default_factory=Bar)
     frozen: bool = False
     """Whether the weights count as constants; contenders that treat them so are compared with frozen ways alone."""
+    backend: str = ""
+    """The backend that is forced; empty where the call chooses."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,8 @@ class BenchCase:
     """Contender -> how it runs this case with so many threads, where only the family can know (quantised formats)."""
     sweep: bool = False
     """A shape beside the public rows, measured against eager torch alone."""
+    device: str = "cpu"
+    """Where its tensors are, as torch names it: `cpu` or `cuda`."""
 
     @property
     def row(self) -> str:
@@ -131,11 +136,13 @@ class BenchCase:
     @property
     def id(self) -> str:
         """Unique among all cases."""
-        return f"{self.row} ({', '.join(map(str, self.shape))})"
+        where = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.row} ({', '.join(map(str, self.shape))}){where}"
 
     def inputs(self, seed: int = 0) -> Inputs:
         """Fresh tensors; the same seed gives the same values."""
-        return self.make(DTYPES[self.dtype], torch.Generator().manual_seed(seed))
+        with torch.device(self.device):
+            return self.make(DTYPES[self.dtype], torch.Generator(self.device).manual_seed(seed))
 
     def run(self, call: Callable[[Inputs], Tensor | Results], inputs: Inputs) -> Results:
         """All results of `call`, one of the forms of `torch_call`, in the case's direction."""
@@ -157,6 +164,30 @@ def public_and_sweep(
     return tuple(found)
 
 
+def on_gpu(
+    case: BenchCase, by_hand: Callable[[Inputs], Tensor | Results] | None = None, out_call: bool = True
+) -> BenchCase:
+    """The row on a GPU: one way for each backend there, called as the plain way on the CPU is; without bars.
+
+    Args:
+        case: the row as on the CPU.
+        by_hand: torch as an expert writes it there.
+        out_call: whether the call into a given result takes part too.
+    """
+    plain = case.ours[0]
+    return replace(
+        case,
+        device="cuda",
+        ours=tuple(Ours(backend, plain.prepare, plain.kernel, backend=backend) for backend in GPU_BACKENDS),
+        by_hand=by_hand,
+        out_call=case.out_call if out_call else None,
+        constants=(),
+        onnx=(),
+        special={},
+        sweep=False,
+    )
+
+
 @cache
 def families() -> tuple[str, ...]:
     """The families that have rows, sorted."""
@@ -164,15 +195,16 @@ def families() -> tuple[str, ...]:
 
 
 @cache
-def bench_cases(family: str) -> tuple[BenchCase, ...]:
-    """All cases of one family, public rows first.
+def bench_cases(family: str, device: str = "cpu") -> tuple[BenchCase, ...]:
+    """All cases of one family on one device, public rows first: a module's `CASES`, or its `GPU_CASES`.
 
     Raises:
         ValueError: no such family.
     """
     if family not in families():
         raise ValueError(f"fastnn.testing: no family of rows {family!r}; there are {', '.join(families())}")
-    found: tuple[BenchCase, ...] = importlib.import_module(f"{rows.__name__}.{family}").CASES
+    module = importlib.import_module(f"{rows.__name__}.{family}")
+    found: tuple[BenchCase, ...] = module.CASES if device == "cpu" else module.GPU_CASES
     ids = [case.id for case in found]
     twice = sorted({one for one in ids if ids.count(one) > 1})
     if twice or {case.family for case in found} != {family}:
@@ -182,8 +214,9 @@ def bench_cases(family: str) -> tuple[BenchCase, ...]:
 
 def find_bench_case(id: str) -> BenchCase:
     """The case of that id."""
+    device = "cuda" if id.endswith(" on cuda") else "cpu"
     for family in families():
-        for case in bench_cases(family):
+        for case in bench_cases(family, device):
             if case.id == id:
                 return case
     raise KeyError(f"fastnn.testing: no row {id!r}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from .._record import KernelRun, record
 from . import policy
 from .cases import MATRIX_LAYOUTS, REFERENCE_DTYPES, Case, Inputs, cases
+from .devices import memory, on_device, synchronize, torchs_sound_kernels
 from .inputs import arrange, fill
 from .poison import poisoned
 from .targets import Target
@@ -72,6 +73,8 @@ def matrix_cells(op: str, targets: Sequence[Target], layouts: Sequence[str] = MA
 def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout: str | None = None) -> Verdict:
     """Runs `case` in `dtype` on `target`, twice, with poisoned memory, and compares with truth and rival.
 
+    On a GPU the inputs are the CPU's, bit for bit, and the rival is torch there; the truth is always the CPU's.
+
     Args:
         case: what to run.
         dtype: a name in `REFERENCE_DTYPES`.
@@ -84,18 +87,22 @@ def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout:
         PromiseError: an input or grad_output was changed, two runs differ, another kernel or instruction set ran.
     """
     where = f"{case.op}/{case.name} {dtype} on {target}"
-    inputs = case.inputs(REFERENCE_DTYPES[dtype], seed)
-    truth = _run(case, case.reference, _upcast(inputs), None)
+    given = case.inputs(REFERENCE_DTYPES[dtype], seed)
+    inputs = on_device(given, target.device)
+    truth = _run(case, case.reference, _upcast(given), None)
     if case.bites:
         policy.assert_bites(truth[0], where=where)
     rival_call = case.rival or case.reference
     grad = None
     if case.differentiable:
         with torch.no_grad():
-            like = rival_call(inputs)
+            like = rival_call(given)
         grad = _grad_output(like, seed, case.layout if grad_layout is None else grad_layout)
-        truth = _run(case, case.reference, _upcast(inputs), grad.to(torch.float64))
-    rival = _run(case, rival_call, inputs, grad)
+        truth = _run(case, case.reference, _upcast(given), grad.to(torch.float64))
+    rival = _rival(case, given, inputs, grad, target.device)
+    truth = [t.to(target.device) for t in truth]
+    if grad is not None:
+        grad = on_device({"grad_output": grad}, target.device)["grad_output"]
     ours, runs = _run_watched(case, inputs, grad, target, where)
     prove_ran(case, target, runs, where)
     measured = {}
@@ -116,6 +123,23 @@ def _grad_output(like: Tensor, seed: int, layout: str) -> Tensor:
     return arrange(values, layout)
 
 
+def _rival(case: Case, given: Inputs, inputs: Inputs, grad: Tensor | None, device: str) -> list[Tensor]:
+    """Torch's results on `device`; the CPU's where torch cannot run the call there (mixed types in a norm, say)."""
+    call = case.rival or case.reference
+    if device != "cpu":
+        there = None if grad is None else on_device({"grad_output": grad}, device)["grad_output"]
+        try:
+            with torchs_sound_kernels(device):
+                found = _run(case, call, inputs, there)
+            synchronize(device)
+            if all(isinstance(t, Tensor) for t in found):  # no gradient of nothing, for some empty operands
+                return found
+        except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise  # nothing runs in this process any more
+    return [t.to(device) for t in _run(case, call, given, grad)]
+
+
 def _run(case: Case, call: Callable[[Inputs], Tensor], inputs: Inputs, grad: Tensor | None) -> list[Tensor]:
     """The result and, given grad_output, each gradient, in the order of `case.parts`."""
     if grad is None:
@@ -132,23 +156,19 @@ def _run_watched(
 ) -> tuple[list[Tensor], list[KernelRun]]:
     """Our results, after checking that two runs agree bit for bit and that nothing given was written to."""
     given = {**inputs, **({} if grad is None else {"grad_output": grad})}
-    before = {name: _memory(t).clone() for name, t in given.items()}
+    before = {name: memory(t).clone() for name, t in given.items()}
     with target.forced(), poisoned():
         with record() as runs:
             ours = _run(case, case.call, inputs, grad)
         again = _run(case, case.call, inputs, grad)
+        synchronize(target.device)
     for name, t in given.items():
-        if not policy.same_bits(_memory(t), before[name]):
+        if not policy.same_bits(memory(t), before[name]):
             raise PromiseError(f"{where}: {name} was written to")
     for part, first, second in zip(case.parts, ours, again, strict=True):
         if not policy.same_bits(first, second):
             raise PromiseError(f"{where}: {part} differs between two runs on the same inputs")
     return ours, runs
-
-
-def _memory(t: Tensor) -> Tensor:
-    """All the memory behind `t`, as bytes: the gaps between its elements included."""
-    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
 
 
 def prove_ran(case: Case, target: Target, runs: Sequence[KernelRun], where: str) -> None:

@@ -277,11 +277,12 @@ def _matrix_cases() -> Iterator[Case]:
     yield _case("unaligned", "offset", _Shape(21, 35, 17, memory="offset"))
     yield _case("mask_unaligned", "offset", _Shape(mask="additive", memory="offset", mask_memory="offset"))
     nothing = {"b": _Shape(b=0), "h": _Shape(h=0), "sq": _Shape(sq=0), "sk": _Shape(sk=0), "dv": _Shape(dv=0)}
+    # Without torch: its own op divides by zero there (2.11, a crash), or gives no gradient.
     for name, shape in nothing.items():
-        yield _case(f"{name}0", "empty", shape, bites=False)
+        yield _case(f"{name}0", "empty", shape, bites=False, with_torch=False)
     yield _case("d0", "empty", _Shape(d=0, dv=16), with_torch=False)
-    yield _case("sk0_causal", "empty", _Shape(sk=0), _Call(causal=True), bites=False)
-    yield _case("sq0_masked", "empty", _Shape(sq=0, mask="bool"), bites=False)
+    yield _case("sk0_causal", "empty", _Shape(sk=0), _Call(causal=True), bites=False, with_torch=False)
+    yield _case("sq0_masked", "empty", _Shape(sq=0, mask="bool"), bites=False, with_torch=False)
     for sq, sk, d in ((1, 2, 3), (3, 5, 2), (7, 17, 15), (15, 31, 33), (17, 33, 9), (47, 95, 16), (49, 97, 17)):
         yield _case(f"{sq}x{sk}x{d}", "tail", _Shape(sq, sk, d))
         yield _case(f"{sq}x{sk}x{d}_masked", "tail", _Shape(sq, sk + 3, d, d + 1, mask="additive"))

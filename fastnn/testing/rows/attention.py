@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.attention import scaled_dot_product_attention
-from ..bench_cases import Bar, BenchCase, Direction, Node, Ours, Results, Work, forward_backward
+from ..bench_cases import Bar, BenchCase, Direction, Node, Ours, Results, Work, forward_backward, on_gpu
 from ..cases import DTYPES, Inputs
 
 Shape = tuple[int, int, int, int, int]
@@ -166,3 +166,34 @@ def _cases() -> Iterator[BenchCase]:
 
 
 CASES: tuple[BenchCase, ...] = tuple(_cases())
+
+_GPU: tuple[tuple[str, Shape, str], ...] = (
+    ("fwd", (4, 16, 16, 2048, 64), "bf16"),
+    ("fwd_causal", (4, 16, 16, 2048, 64), "bf16"),
+    ("fwd", (1, 32, 32, 4096, 128), "bf16"),
+    ("fwd_causal", (1, 32, 8, 4096, 128), "bf16"),
+    ("fwd", (4, 16, 16, 2048, 64), "fp32"),
+    ("fb", (4, 16, 16, 2048, 64), "bf16"),
+    ("fb_causal", (1, 32, 32, 4096, 128), "bf16"),
+    ("decode", (8, 32, 8, 8192, 128), "bf16"),
+    ("decode", (1, 32, 8, 8192, 128), "bf16"),
+)
+"""Training and prompts of language models, with heads of 64 and 128, shared heads, and decoding."""
+
+
+def _cudnn(causal: bool, inputs: Inputs) -> Tensor:
+    """cuDNN's kernels, which torch has and does not always choose."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _torch_call(causal, inputs)
+
+
+def _on_gpu(kind: str, shape: Shape, dtype: str) -> BenchCase:
+    case = _case(kind, shape, dtype, Bar())
+    if kind == "decode" or dtype == "fp32":
+        return on_gpu(case, case.by_hand)
+    return on_gpu(case, partial(_cudnn, kind.endswith("causal")))
+
+
+GPU_CASES: tuple[BenchCase, ...] = tuple(_on_gpu(*row) for row in _GPU)

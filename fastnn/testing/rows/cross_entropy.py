@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.cross_entropy import cross_entropy
-from ..bench_cases import Bar, BenchCase, Direction, Ours, Results, Work, forward_backward, public_and_sweep
+from ..bench_cases import Bar, BenchCase, Direction, Ours, Results, Work, forward_backward, on_gpu, public_and_sweep
 from ..cases import DTYPES, Inputs
 
 _PUBLIC: dict[tuple[Direction, str, tuple[int, int]], Bar] = {
@@ -76,3 +76,16 @@ def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sw
 
 
 CASES: tuple[BenchCase, ...] = public_and_sweep(_case, _PUBLIC, _SWEEP)
+
+_GPU: dict[tuple[Direction, str], tuple[tuple[int, int], ...]] = {
+    ("fwd", "bf16"): ((8192, 32000), (4096, 128256)),
+    ("fb", "bf16"): ((8192, 32000), (4096, 128256)),
+    ("fb", "fp32"): ((2048, 50257),),
+}
+"""Tokens of a training step by the vocabularies of language models."""
+
+GPU_CASES: tuple[BenchCase, ...] = tuple(
+    on_gpu(_case(direction, dtype, shape, Bar(), False))
+    for (direction, dtype), shapes in _GPU.items()
+    for shape in shapes
+)

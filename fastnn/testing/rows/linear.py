@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import nn
 from ...ops.linear import linear, linear_reference
-from ..bench_cases import Bar, BenchCase, Direction, Node, Ours, Results, Work, forward_backward
+from ..bench_cases import Bar, BenchCase, Direction, Node, Ours, Results, Work, forward_backward, on_gpu
 from ..cases import DTYPES, Inputs
 
 Shape = tuple[int, int, int]
@@ -143,3 +143,32 @@ def _cases() -> Iterator[BenchCase]:
 
 
 CASES: tuple[BenchCase, ...] = tuple(_cases())
+
+_GPU: tuple[tuple[str, Shape, str, Direction], ...] = (
+    ("none", (4096, 4096, 14336), "bf16", "fwd"),
+    ("gelu_tanh", (4096, 4096, 14336), "bf16", "fwd"),
+    ("silu", (4096, 4096, 14336), "bf16", "fwd"),
+    ("relu", (2048, 768, 3072), "bf16", "fwd"),
+    ("gelu_tanh", (2048, 768, 3072), "bf16", "fwd"),
+    ("none", (16, 4096, 14336), "bf16", "fwd"),
+    ("none", (1, 4096, 4096), "bf16", "fwd"),
+    ("gelu_tanh", (4096, 4096, 4096), "fp32", "fwd"),
+    ("gelu_tanh", (4096, 4096, 14336), "bf16", "fb"),
+    ("none", (4096, 4096, 4096), "bf16", "fb"),
+)
+"""Layers of language models: a batch of tokens in training, few of them in decoding; a sentence encoder's layer."""
+
+
+def _fused_by_torch(name: str, inputs: Inputs) -> Tensor:
+    """cuBLASLt's own fused epilogue, which torch has for two activations: what an expert would call."""
+    x, weight, bias = inputs["input"], inputs["weight"], inputs["bias"]
+    return torch._addmm_activation(bias, x, weight.t(), use_gelu=name == "gelu_tanh")
+
+
+def _on_gpu(name: str, shape: Shape, dtype: str, direction: Direction) -> BenchCase:
+    fused = name in ("relu", "gelu_tanh") and direction == "fwd"
+    case = _case(name, shape, dtype, direction)
+    return on_gpu(case, partial(_fused_by_torch, name) if fused else None, out_call=False)
+
+
+GPU_CASES: tuple[BenchCase, ...] = tuple(_on_gpu(*row) for row in _GPU)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.norm import NormOptions, add_layer_norm, add_rms_norm, layer_norm, norm_reference, rms_norm
-from ..bench_cases import Bar, BenchCase, Direction, Ours, Results, Work, as_results, forward_backward
+from ..bench_cases import Bar, BenchCase, Direction, Ours, Results, Work, as_results, forward_backward, on_gpu
 from ..cases import DTYPES, Inputs
 
 Shape = tuple[int, int]
@@ -131,3 +131,20 @@ def _cases() -> Iterator[BenchCase]:
 
 
 CASES: tuple[BenchCase, ...] = tuple(_cases())
+
+_GPU: tuple[tuple[str, Direction, str, Shape], ...] = (
+    *((kind, "fwd", "bf16", (8192, 4096)) for kind in ("layernorm", "rmsnorm", "add_layernorm", "add_rmsnorm")),
+    *((kind, "fb", "bf16", (8192, 4096)) for kind in ("layernorm", "rmsnorm", "add_rmsnorm")),
+    ("layernorm", "fwd", "fp32", (8192, 4096)),
+    ("rmsnorm", "fwd", "bf16", (65536, 768)),
+    ("rmsnorm", "fwd", "bf16", (2048, 16384)),
+)
+"""Tokens of a training step by the hidden sizes of language models."""
+
+
+def _on_gpu(kind: str, direction: Direction, dtype: str, shape: Shape) -> BenchCase:
+    case = _case(kind, direction, dtype, shape, Bar())
+    return on_gpu(case, case.by_hand)
+
+
+GPU_CASES: tuple[BenchCase, ...] = tuple(_on_gpu(*row) for row in _GPU)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ... import _dispatch
 from ...ops.softmax import softmax, softmax_reference
 from ..bench_cases import (
     EXP_OPERATIONS,
@@ -19,6 +20,7 @@ from ..bench_cases import (
     Results,
     Work,
     forward_backward,
+    on_gpu,
     public_and_sweep,
 )
 from ..cases import DTYPES, Inputs
@@ -99,16 +101,19 @@ def _our_forward(inputs: Inputs) -> Tensor:
     return softmax(inputs["input"], -1)
 
 
-def _our_backward(inputs: Inputs) -> Tensor:
+def _prepare_backward(inputs: Inputs) -> Callable[[], Results]:
+    """The kernel of the backend that is in force now."""
     grad, output = inputs["grad"], inputs["output"]
-    return torch.ops.fastnn.softmax_bwd.default(grad, output, 1, False, output.dtype, True)
+    backward = _dispatch.KERNELS["softmax"][_dispatch.pick("softmax", grad)].bwd
+    return lambda: (backward(grad, output, 1, False, output.dtype, True),)
 
 
 def _prepare(direction: Direction, inputs: Inputs) -> Callable[[], Results]:
     if direction == "fb":
         return lambda: forward_backward(_our_forward, ["input"], inputs)
-    call = _our_backward if direction == "bwd" else _our_forward
-    return lambda: (call(inputs),)
+    if direction == "bwd":
+        return _prepare_backward(inputs)
+    return lambda: (_our_forward(inputs),)
 
 
 _MAKE = {"fwd": _make_forward, "bwd": _make_backward, "fb": _make_both}
@@ -139,3 +144,18 @@ def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sw
 
 
 CASES: tuple[BenchCase, ...] = public_and_sweep(_case, _PUBLIC, _SWEEP)
+
+_GPU: dict[tuple[Direction, str], tuple[tuple[int, int], ...]] = {
+    ("fwd", "bf16"): ((49152, 512), (8192, 4096), (4096, 32000), (2048, 128256)),
+    ("fwd", "fp32"): ((49152, 512), (4096, 32000)),
+    ("bwd", "bf16"): ((49152, 512), (4096, 32000)),
+    ("bwd", "fp32"): ((49152, 512),),
+    ("fb", "bf16"): ((8192, 4096),),
+}
+"""Rows that fill a GPU: attention scores and vocabularies."""
+
+GPU_CASES: tuple[BenchCase, ...] = tuple(
+    on_gpu(_case(direction, dtype, shape, Bar(), False))
+    for (direction, dtype), shapes in _GPU.items()
+    for shape in shapes
+)

@@ -1,0 +1,45 @@
+"""Static audit of the GPU kernels: `python tools/gpu_audit [--write FILE] PATH ...`; status 1 where a rule is broken.
+
+Each PATH is a cubin, an object or library that nvcc made (of any architectures), a folder of such, or a folder that
+`tools/triton_aot.py --out` filled. Needs cuobjdump and nvdisasm, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from cubins import collect  # noqa: E402
+from report import document, kernel_lines  # noqa: E402
+from rules import broken  # noqa: E402
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the document (docs/gpu_audit.md)")
+    arguments = parser.parse_args()
+    missing = [str(path) for path in arguments.paths if not path.exists()]
+    if missing:
+        parser.error(f"no such path: {', '.join(missing)}")
+    found = collect(arguments.paths)
+    if not found:
+        parser.error("no kernels in these paths")
+    problems = broken(found)
+    if arguments.write:
+        arguments.write.write_text(document(found, problems), "utf-8")
+    else:
+        sys.stdout.write("\n".join(kernel_lines(found, sorted({one.kernel.arch for one in found}))) + "\n")
+    for problem in problems:
+        sys.stdout.write(f"RULE BROKEN: {problem}\n")
+    sys.stdout.write(f"{len(found)} kernels, {len(problems)} broken rules\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
