@@ -30,7 +30,7 @@ endif
 PIP := $(ENV) $(PY) -m pip --disable-pip-version-check -qq install
 say = @printf '\033[1m==\033[0m %s\n' "$(1)"
 
-CPP_SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null | LC_ALL=C sort)
+CPP_SOURCES := $(shell find csrc tests/cuda_emu -type f 2>/dev/null | grep -E '\.(cpp|h|inc|cu|cuh)$$' | LC_ALL=C sort)
 BUILD_INPUTS := CMakeLists.txt pyproject.toml tools/build_backend.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
 .PHONY: demo test test-slow test-gpu audit-gpu rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
@@ -54,7 +54,7 @@ test-slow: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
 test-gpu: $(STAMPS)/extension $(STAMPS)/extra-test
 	@$(ENV) $(PY) tests/gpu/run.py $(PYTEST_ARGS)
 
-# What nvcc made of csrc/cuda, and what Triton's compiler makes of kernels/.
+# What nvcc made of csrc/cuda, and what Triton's compiler makes of fastnn/kernels.
 audit-gpu: $(STAMPS)/extension
 	@$(ENV) $(PY) tools/triton_aot.py --out build/triton
 	@$(ENV) $(PY) tools/gpu_audit --write docs/gpu_audit.md $(wildcard fastnn/_C*.so) build/triton
