@@ -83,7 +83,7 @@ def norms():
 
 @pytest.mark.parametrize("kind", [Output, Added])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("norm", norms())
+@pytest.mark.parametrize("norm", list(norms()))
 def test_a_sum_and_its_norm(norm, training, kind, monkeypatch):
     model = kind(copy.deepcopy(norm)).train(training)
     given = x(5, 8), x(5, 8, seed=1)
