@@ -229,7 +229,7 @@ def attention_config(
     Forward in half precision: 128 queries for eight warps, so that two groups of four feed wgmma, and blocks of 64 to
     128 keys in two to three stages of shared memory: the best of seven on an H100 (271 TFLOP/s with 64 features, 335
     with 128; the others 202 to 257 and 248 to 273). Backward keeps two accumulators or two pairs of operands more: 128
-    by 64 for dq, 64 or 32 queries by 64 keys for dk and dv, the best of five that do not spill. float32 does without
+    by 64 for dq, 64 or 32 queries by 64 keys for dk and dv, the best of five and of six timed. float32 does without
     tensor cores and holds everything in registers: 32 by 32. Features beyond 128 halve the tiles; few queries take
     tiles of 16. `rich`: a mask, a softcap or dropout needs registers for the elements of a tile: fewer keys then, fewer
     queries for dk and dv.
