@@ -240,7 +240,7 @@ def attention_config(
     amd = arch.name.startswith("gfx")
     if itemsize == 4:
         if wide > 128:
-            return Attention(16, 16, 8, 1)
+            return Attention(16, 16, 4 if amd else 8, 1)
         return Attention(32 if wide <= 64 else 16, 16 if rich and wide > 64 else 32, 8, 1 if amd else 2)
     if S_q <= 16 and kernel != "dkv":
         return Attention(16, 64 if wide <= 128 else 32, 4, 2)
