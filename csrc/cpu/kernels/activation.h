@@ -70,7 +70,7 @@ void activation_bwd_typed(const ActivationBwdParams& p, const float* bias, const
     each_vector(block.column_begin, block.column_end,
                 [=, stream = p.stream](int64_t i, int count) __attribute__((always_inline)) {
                   const Vec z = load_biased(x, bias, i, count);
-                  const Vec g = load_some(dy + i, count) * activated<A>(z).slope;
+                  const Vec g = through<A>(load_some(dy + i, count), z, activated<A>(z).slope);
                   if (db) store_some(db + i, load_some(db + i, count) + g, count);
                   if (dx) put_some(stream, dx + i, g, count);
                 });
@@ -89,9 +89,9 @@ void activation_product_bwd_typed(const ActivationBwdParams& p, const Block& blo
     each_vector(block.column_begin, block.column_end,
                 [=, stream = p.stream](int64_t i, int count) __attribute__((always_inline)) {
                   const Vec g = load_some(dy + i, count);
-                  const Activated a = activated<A>(load_some(x + i, count));
-                  const Vec f = load_some(factor + i, count);
-                  if (dx) put_some(stream, dx + i, g * f * a.slope, count);
+                  const Vec z = load_some(x + i, count), f = load_some(factor + i, count);
+                  const Activated a = activated<A>(z);
+                  if (dx) put_some(stream, dx + i, through<A>(g * f, z, a.slope), count);
                   if (d_factor) put_some(stream, d_factor + i, g * a.value, count);
                 });
   }

@@ -28,8 +28,9 @@ FASTNN_INLINE Logistic logistic(Vec x) {
   return {select(positive, near_one, small), select(positive, small, near_one)};
 }
 
-// The activation and its slope at one place. Whoever takes one of them pays for one. x (p q) comes
-// before large factors: p q is 0 where they overflow.
+// The activation and its slope at one place, which counts where the activation is not cut off
+// (through). Whoever takes one of them pays for one. x (p q) comes before large factors: p q is 0
+// where they overflow.
 struct Activated {
   Vec value, slope;
 };
@@ -37,8 +38,7 @@ struct Activated {
 template <Activation A>
 FASTNN_INLINE Activated activated(Vec x) {
   if constexpr (A == Activation::kRelu) {
-    // In this order NaN comes through, and its gradient.
-    return {max(zero(), x), select(x <= zero(), zero(), splat(1.f))};
+    return {max(zero(), x), splat(1.f)};  // in this order NaN comes through
   } else if constexpr (A == Activation::kGelu) {
     const Vec p = normal_cdf(x);
     return {x * p, fma(x, exp(x * x * -0.5f) * kInverseSqrtTwoPi, p)};
@@ -63,7 +63,7 @@ FASTNN_INLINE Activated activated(Vec x) {
   } else if constexpr (A == Activation::kHardswish) {
     const Vec gate = min(splat(6.f), max(zero(), x + 3.f)) * (1.f / 6.f);
     const Vec slope = fma(x, 1.f / 3.f, 0.5f);
-    return {x * gate, select(x <= splat(-3.f), zero(), select(x >= splat(3.f), splat(1.f), slope))};
+    return {x * gate, select(x >= splat(3.f), splat(1.f), slope)};
   } else {
     return {x, splat(1.f)};
   }
@@ -74,20 +74,32 @@ FASTNN_INLINE Vec activate(Vec x) {
   return activated<A>(x).value;
 }
 
+// g times the slope at x. Where an activation is cut off nothing comes through, infinities neither.
+template <Activation A>
+FASTNN_INLINE Vec through(Vec g, Vec x, Vec slope) {
+  if constexpr (A == Activation::kRelu) {
+    return select(x <= zero(), zero(), g);
+  } else if constexpr (A == Activation::kRelu2) {
+    return select(x <= zero(), zero(), g * slope);
+  } else if constexpr (A == Activation::kHardswish) {
+    return select(x <= splat(-3.f), zero(), g * slope);
+  } else {
+    return g * slope;
+  }
+}
+
 // activation'(z) dy of what a layer saved: its output for relu, sigmoid and tanh, z itself for the
 // others.
 template <Activation A>
 FASTNN_INLINE Vec activate_bwd(Vec dy, Vec s) {
   if constexpr (A == Activation::kNone) {
     return dy;
-  } else if constexpr (A == Activation::kRelu) {
-    return select(s <= zero(), zero(), dy);
   } else if constexpr (A == Activation::kSigmoid) {
     return dy * (s * (1.f - s));
   } else if constexpr (A == Activation::kTanh) {
     return dy * fma(-s, s, splat(1.f));
   } else {
-    return dy * activated<A>(s).slope;
+    return through<A>(dy, s, activated<A>(s).slope);
   }
 }
 
