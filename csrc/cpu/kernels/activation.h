@@ -88,6 +88,7 @@ void activation_fwd(const ActivationParams& p, const float* bias, const Block& b
 template <class T, Activation A, bool kBias>
 void activation_bwd_rows(const ActivationBwdParams& p, const float* bias, const Block& block,
                          float* db) {
+  constexpr bool kRough = kRoughFor<T> && !kBias;  // the bias's gradient may be float32
   for (int64_t r = block.row_begin; r < block.row_end; ++r) {
     const T* const dy = row_of<T>(p.dy, r, p.dy_row_stride);
     const T* const x = row_of<T>(p.x, r, p.x_row_stride);
@@ -100,7 +101,7 @@ void activation_bwd_rows(const ActivationBwdParams& p, const float* bias, const 
                        if constexpr (kBias) part.get(bias + i, b);
                        FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
                          if constexpr (kBias) z[v] += b[v];
-                         g[v] = through<A>(g[v], z[v], activated<A, kRoughFor<T>>(z[v]).slope);
+                         g[v] = through<A>(g[v], z[v], activated<A, kRough>(z[v]).slope);
                        }
                        if (kBias && db) {
                          part.get(db + i, b);
