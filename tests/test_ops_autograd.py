@@ -74,6 +74,9 @@ def test_double_backward(op, name):
         ("attention", "everything"),
         ("norm", "add_layer_rows"),
         ("norm", "rms_rows"),
+        ("activation", "silu_float32_bias_rows"),
+        ("activation", "gelu_pair_rows"),
+        ("activation", "silu_packed_rows"),
     ],
 )
 def test_double_backward_keeps_the_dtype(op, name, dtype):
