@@ -1,7 +1,7 @@
-// The activations of linear and their derivatives, as cpu/simd/activation.h has them.
+// The activations and their derivatives, as cpu/simd/activation.h has them.
 #pragma once
 #include "cuda/ptx.cuh"
-#include "params/linear.h"
+#include "params/activation.h"
 
 namespace fastnn::cuda {
 
@@ -42,6 +42,10 @@ __device__ __forceinline__ float activate(float x) {
     return sigmoid(x);
   } else if constexpr (A == Activation::kTanh) {
     return tanhf(x);
+  } else if constexpr (A == Activation::kRelu2) {
+    return x <= 0.f ? 0.f : x * x;
+  } else if constexpr (A == Activation::kHardswish) {
+    return x * (fminf(fmaxf(x + 3.f, 0.f), 6.f) * (1.f / 6.f));
   } else {
     return x;
   }
@@ -65,6 +69,10 @@ __device__ __forceinline__ float activate_bwd(float dy, float s) {
     return dy * (s * (1.f - s));
   } else if constexpr (A == Activation::kTanh) {
     return dy * fmaf(-s, s, 1.f);
+  } else if constexpr (A == Activation::kRelu2) {
+    return s <= 0.f ? 0.f : dy * (2.f * s);
+  } else if constexpr (A == Activation::kHardswish) {
+    return s <= -3.f ? 0.f : s >= 3.f ? dy : dy * fmaf(s, 1.f / 3.f, 0.5f);
   } else {
     return dy;
   }
@@ -92,6 +100,10 @@ __device__ __forceinline__ void with_activation(Activation a, F f) {
       return f(ActivationTag<Activation::kSigmoid>{});
     case Activation::kTanh:
       return f(ActivationTag<Activation::kTanh>{});
+    case Activation::kRelu2:
+      return f(ActivationTag<Activation::kRelu2>{});
+    case Activation::kHardswish:
+      return f(ActivationTag<Activation::kHardswish>{});
   }
 }
 
