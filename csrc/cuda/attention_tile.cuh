@@ -84,10 +84,13 @@ struct RowTile {
   }
 };
 
-// Copies kRows rows of a head from `row` on, of the `rows` that it has.
+// Copies kRows rows of a head from `row` on, of the `rows` that it has. Where the head begins is
+// computed again for each tile rather than kept in registers.
 template <class T, int kFeatures, int kRows, bool kWhole>
 __device__ __forceinline__ void copy_rows(Shared to, const Heads& x, int b, int h, int row,
                                           int rows, int d) {
+  renew(b);
+  renew(h);
   RowTile<T, kFeatures>::template copy<kRows, kWhole>(to, head_rows<T>(x, b, h, row), x.row_stride,
                                                       rows - row, d, kWhole || rows_aligned<T>(x));
 }
