@@ -216,6 +216,11 @@ int main() {
     cross_entropy(4, 700, smoothing);
     cross_entropy(1, 16500, smoothing);
   }
+  for (const bool product : {false, true}) {
+    activation(5, 7, product);
+    activation(70, 300, product);
+    activation(1, 5000, product);
+  }
   if (g_wrong == 0) std::printf("right\n");
   return 0;
 }
