@@ -30,6 +30,7 @@ GPU_PREFERENCE = {
     "softmax": ("triton", "cuda"),
     "cross_entropy": ("triton", "cuda"),
     "norm": ("triton", "cuda"),
+    "activation": ("triton", "cuda"),
     # No compiler runs at the first call of a shape, and a launch takes 10 us where Triton's takes 50 and more.
     "linear": ("cuda", "triton"),
     "attention": ("cuda", "triton"),
@@ -208,6 +209,16 @@ def _pick_gpu(op: str, x: torch.Tensor) -> str:
         if backend in KERNELS.get(op, ()) and not too_old(x.device.index):
             return backend
     return "reference"
+
+
+def allows_tf32() -> bool:
+    """Whether torch lets float32 products on CUDA be computed in TF32.
+
+    Every way of saying so ends here: `torch.backends.cuda.matmul.fp32_precision` and `allow_tf32`,
+    `torch.backends.fp32_precision`, `torch.set_float32_matmul_precision`. (`allow_tf32` raises when it is read after
+    `fp32_precision` was set.) CUDA and Triton kernels ask at each call.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def refuse_if_forced(op: str, reason: str) -> None:

@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <int W, class TY, class TX>
-__global__ void __launch_bounds__(512) softmax_bwd_columns(SoftmaxBwdParams p, ColumnPlan plan) {
+__global__ void __launch_bounds__(512, 1) softmax_bwd_columns(SoftmaxBwdParams p, ColumnPlan plan) {
   FASTNN_DYN_SHARED(float, spare);
   for (int64_t item = blockIdx.x; item < p.outer * plan.grid_x; item += gridDim.x) {
     const Place at = place_of<W>(plan, item);
