@@ -210,6 +210,16 @@ def _pick_gpu(op: str, x: torch.Tensor) -> str:
     return "reference"
 
 
+def allows_tf32() -> bool:
+    """Whether torch lets float32 products on CUDA be computed in TF32.
+
+    Every way of saying so ends here: `torch.backends.cuda.matmul.fp32_precision` and `allow_tf32`,
+    `torch.backends.fp32_precision`, `torch.set_float32_matmul_precision`. (`allow_tf32` raises when it is read after
+    `fp32_precision` was set.) CUDA and Triton kernels ask at each call.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def refuse_if_forced(op: str, reason: str) -> None:
     """For calls that go to the reference whatever their main tensor: raises where another backend was forced."""
     if _forced not in (None, "reference"):

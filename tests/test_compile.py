@@ -14,12 +14,15 @@ from fastnn import (
     add_layer_norm,
     add_rms_norm,
     cross_entropy,
+    gelu,
     layer_norm,
     linear,
     log_softmax,
+    relu2,
     rms_norm,
     scaled_dot_product_attention,
     softmax,
+    swiglu,
 )
 from fastnn.ops.linear import ACTIVATIONS
 from fastnn.testing import assert_within_budget, policy, same_bits
@@ -58,6 +61,10 @@ FUNCTIONS = {
     "rms_norm": lambda x, w, b: rms_norm(x, (12,), w[0]),
     "add_layer_norm": lambda x, w, b: torch.cat(add_layer_norm(x, 2 * x, w[0], w[1])),
     "add_rms_norm": lambda x, w, b: add_rms_norm(x, 2 * x, w[0], 0.1)[0],
+    "gelu_bias": lambda x, w, b: gelu(x, bias=w[0]),
+    "relu2": lambda x, w, b: relu2(x),
+    "swiglu": lambda x, w, b: swiglu(x, 2 * x),
+    "swiglu_packed": lambda x, w, b: swiglu(x),
     "softmax": lambda x, w, b: softmax(x, -1),
     "softmax_dim0": lambda x, w, b: softmax(x, 0),
     "log_softmax": lambda x, w, b: log_softmax(x, -1),
@@ -122,7 +129,9 @@ def test_dynamic(name):
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-@pytest.mark.parametrize("name", ["softmax", "linear_gelu", "cross_entropy_none", "attention", "add_layer_norm"])
+@pytest.mark.parametrize(
+    "name", ["softmax", "linear_gelu", "cross_entropy_none", "attention", "add_layer_norm", "swiglu_packed"]
+)
 def test_degenerate_sizes(name, rows):
     function = FUNCTIONS[name]
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)

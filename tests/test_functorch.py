@@ -34,6 +34,16 @@ def functions():
     yield from losses()
     yield from attentions()
     yield from norms()
+    yield from glus()
+
+
+def glus():
+    b, up = tensor(5, seed=1), tensor(5, seed=2)
+    yield pytest.param(lambda x: fastnn.gelu(x, "tanh", bias=b), lambda x: F.gelu(x + b, approximate="tanh"), id="gelu")
+    yield pytest.param(lambda x: fastnn.swiglu(x, up.expand_as(x)), lambda x: F.silu(x) * up.expand_as(x), id="swiglu")
+    yield pytest.param(
+        lambda x: fastnn.geglu(torch.cat((x, 2 * x), -1)), lambda x: F.gelu(x) * 2 * x, id="geglu_packed"
+    )
 
 
 def norms():
@@ -191,6 +201,7 @@ def test_layer_under_functional_call(frozen):
         ("linear", "gelu_bias", "input"),
         ("cross_entropy", "3x17x5", "input"),
         ("norm", "layer_rows", "input"),
+        ("activation", "silu_pair_rows", "gate"),
         ("attention", "three_dims", "query"),
     ],
 )

@@ -13,7 +13,12 @@ from fastnn import _dispatch, _extension, testing
 from fastnn.testing import LAYOUTS, MATRIX_LAYOUTS, cases, matrix_cells, op_names, targets, unavailable
 
 OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
-PUBLIC = {"attention": "scaled_dot_product_attention", "norm": "add_layer_norm"}  # the others are called as their op
+# The functions that together have every tensor argument of an op; the others are called as their op.
+PUBLIC = {
+    "activation": ("gelu", "swiglu"),
+    "attention": ("scaled_dot_product_attention",),
+    "norm": ("add_layer_norm",),
+}
 # Gradients that plain PyTorch computes: tests/test_ops_cross_entropy.py, tests/test_ops_attention.py.
 PLAIN = {"attention": {"attn_mask"}, "cross_entropy": {"target", "weight"}}
 
@@ -65,7 +70,8 @@ def test_matrix_spans_what_was_promised():
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_tensor_argument_has_its_gradient_checked(op):
-    parameters = inspect.signature(getattr(fastnn, PUBLIC.get(op, op))).parameters.values()
+    functions = [getattr(fastnn, name) for name in PUBLIC.get(op, (op,))]
+    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
     tensors = {p.name for p in parameters if re.match(r"Tensor\b", str(p.annotation))} - PLAIN.get(op, set())
     assert {f"grad_{name}" for name in tensors} | {"forward"} == {part for case in cases(op) for part in case.parts}
 

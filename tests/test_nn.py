@@ -87,6 +87,22 @@ def test_norm_layers(name):
     assert_same_answers(ours, theirs, x(2, 3, 8))
 
 
+@pytest.mark.parametrize("arguments", [(), ("tanh",)])
+@pytest.mark.parametrize("name", ["GELU", "SiLU", "ReLU", "Hardswish", "Sigmoid", "Tanh"])
+def test_activation_layers(name, arguments):
+    if arguments and name != "GELU":
+        arguments = (False,) if name in ("SiLU", "ReLU", "Hardswish") else ()
+    theirs, ours = getattr(nn, name)(*arguments), getattr(fastnn.nn, name)(*arguments)
+    assert repr(ours) == repr(theirs)
+    assert_same_answers(ours, theirs, x(2, 3, 8))
+
+
+@pytest.mark.parametrize("name", ["SiLU", "ReLU", "Hardswish"])
+def test_activation_layers_are_never_in_place(name):
+    with pytest.raises(ValueError, match=rf"fastnn\.nn\.{name}: inplace must be False, got True"):
+        getattr(fastnn.nn, name)(inplace=True)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 @pytest.mark.parametrize(
     "make", [lambda: fastnn.nn.Linear(8, 8, activation="gelu").freeze(), lambda: fastnn.nn.Softmax(-1)]

@@ -82,6 +82,21 @@ def test_norm_dtypes(rms, given, cast):
     assert_within_budget(ours, truth, theirs, given, policy.FORWARD_FACTOR)
 
 
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+def test_activation_dtypes(given, cast):
+    """The input's type, which torch's autocast leaves as it is; of gate and up that differ, the wider one."""
+    x, w, _ = operands(given)
+    bias = w[0].detach().to(torch.float64 if given == torch.float64 else torch.float32)
+    with torch.autocast("cpu", dtype=cast):
+        ours, theirs = fastnn.gelu(x, bias=bias), F.gelu(x)
+        product, torchs = fastnn.swiglu(x, bias.expand_as(x)), F.silu(x) * bias
+    assert ours.dtype == theirs.dtype == given
+    assert product.dtype == torchs.dtype == bias.dtype
+    (ours.sum() + product.sum()).backward()
+    assert x.grad.dtype == given
+
+
 def test_disabled_autocast_changes_nothing():
     leaves = operands(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):

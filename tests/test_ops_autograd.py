@@ -74,13 +74,18 @@ def test_double_backward(op, name):
         ("attention", "everything"),
         ("norm", "add_layer_rows"),
         ("norm", "rms_rows"),
+        ("activation", "silu_float32_bias_rows"),
+        ("activation", "gelu_pair_rows"),
+        ("activation", "silu_packed_rows"),
     ],
 )
 def test_double_backward_keeps_the_dtype(op, name, dtype):
     case = find_case(op, name)
     with best().forced():
         found = double_backward(case, case.call, dtype)
-    assert {g.dtype for g in found} == {dtype}
+    leaves = leaves_of(case, dtype)
+    first = [leaves[name].dtype for name in case.differentiable]
+    assert [g.dtype for g in found] == [*first, *first, dtype]
 
 
 def test_double_backward_to_float32_from_half():

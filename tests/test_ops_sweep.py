@@ -44,6 +44,9 @@ def test_grad_output_in_any_memory_layout(op, layout, target):
 
 # Large enough that the kernels split the work; the shapes do not divide evenly among 2 or 3 threads.
 THREADED = [
+    ("activation", "gelu_bias_wide_many_rows"),
+    ("activation", "gelu_tanh_packed_wide_long_row"),
+    ("activation", "silu_pair_wide_streamed"),
     ("attention", "wide_causal"),
     ("attention", "wide_dropout"),
     ("attention", "wide_grouped"),
@@ -97,7 +100,10 @@ def test_thread_count_changes_no_bit(op, name):
 
 
 @pytest.mark.parametrize("target", targets(), ids=str)
-@pytest.mark.parametrize(("op", "name", "argument"), [("linear", "gelu_bias", "input"), ("softmax", "rows", "input")])
+@pytest.mark.parametrize(
+    ("op", "name", "argument"),
+    [("activation", "silu_pair_rows", "gate"), ("linear", "gelu_bias", "input"), ("softmax", "rows", "input")],
+)
 def test_rows_do_not_affect_each_other(op, name, argument, target):
     case = find_case(op, name)
     for dtype in target.dtypes:

@@ -10,12 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorExc
 from torch.func import grad, jvp, vmap
 
 from fastnn import _extension, testing
+from fastnn.ops import activation as activations
 from fastnn.ops.linear import ACTIVATION_CODE, ACTIVATIONS
 from fastnn.testing import assert_within_budget, cases, op_names, policy, same_bits
 
 pytestmark = pytest.mark.usefixtures("extension")
 
 RAW = (
+    "activation_bwd",
+    "activation_fwd",
     "attention_bwd",
     "attention_fwd",
     "cross_entropy_bwd",
@@ -67,6 +70,7 @@ def samples(dtype=torch.float32):
     yield from cross_entropy_samples(x, strided)
     yield from attention_samples(dtype)
     yield from norm_samples(x, deep, strided)
+    yield from activation_samples(x, deep, strided)
 
 
 def cross_entropy_samples(x, strided):
@@ -112,6 +116,21 @@ def norm_samples(x, deep, strided):
         yield "norm_bwd", (grad, None, x, weight, stats, 1, rms, x.dtype, [True, True, not rms])
         yield "norm_bwd", (strided, grad, x, wide, stats, 1, rms, torch.float32, [True, False, False])
         yield "norm_bwd", (deep.mT, None, deep.mT, None, stats[:2], 2, rms, x.dtype, [False, True, True])
+
+
+def activation_samples(x, deep, strided):
+    grad, scalar = x.flip(0), x[0, 0]
+    for code in (1, 2, 7):
+        yield "activation_fwd", (x, None, x[1], code, False)
+        yield "activation_fwd", (deep.mT, None, None, code, False)
+        yield "activation_fwd", (x, strided, None, code, False)
+        yield "activation_fwd", (strided, None, None, code, True)
+        yield "activation_bwd", (grad, x, None, x[1], code, False, [True, False, True])
+        yield "activation_bwd", (strided, x, grad, None, code, False, [True, True, False])
+        yield "activation_bwd", (grad[:, :6], strided, None, None, code, True, [True, False, False])
+    yield "activation_fwd", (scalar, None, None, 4, False)
+    yield "activation_bwd", (scalar, scalar, scalar, None, 4, False, [False, True, False])
+    yield "activation_bwd", (grad, x, None, x.float()[1], 4, False, [False, False, True])
 
 
 def handled(name, arguments):
@@ -252,6 +271,11 @@ def test_backward_gives_what_the_mask_asks_for(mask):
 def test_activation_codes_agree():
     """The order in Python is the order in C++: each code computes what its name says."""
     x, eye = tensor(3, 8) * 3, torch.eye(8)
+    for name, code in activations.ACTIVATION_CODE.items():
+        if name is not None:
+            call = activations.ACTIVATIONS[name]
+            ours = raw("activation_fwd")(x, None, None, code, False, True)
+            assert_within_budget(ours, call(x.double()), call(x), torch.float32, policy.FORWARD_FACTOR, where=name)
     for name, code in ACTIVATION_CODE.items():
         ours = raw("linear_fwd")(x, eye, None, code, False, True)[0]
         rival = ACTIVATIONS[name](x)

@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
-
 #include "bindings/tensor.h"
 #include "cpu/record.h"
 #include "cuda/device.h"
@@ -12,7 +10,7 @@ namespace fastnn {
 namespace {
 
 thread_local const DeviceScope* g_scope = nullptr;
-std::atomic<bool> g_allow_tf32{false};
+bool (*g_ask_tf32)() = nullptr;
 
 int32_t device_type_of(const Tensor& t) {
   int32_t type = 0;
@@ -22,9 +20,16 @@ int32_t device_type_of(const Tensor& t) {
 
 #if defined(FASTNN_CUDA_EMU)
 constexpr bool kEmulated = true;
+void demand_cuda() {}
 void* current_stream(int32_t) { return nullptr; }
 #else
 constexpr bool kEmulated = false;
+// Torch's guard of a device that is not there fails an internal assertion: say first what is wrong.
+void demand_cuda() {
+  static const std::string problem = cuda_problem();
+  FASTNN_CHECK(problem.empty(), std::runtime_error,
+               "fastnn: no CUDA kernel can run in this process: ", problem);
+}
 // torch's CUDA library is in the process wherever there is a CUDA tensor. It is looked up, not
 // linked: the same extension loads where torch has no CUDA.
 [[maybe_unused]] void* current_stream(int32_t index) {
@@ -50,6 +55,7 @@ DeviceScope::DeviceScope(const Tensor& main)
       cuda_(kEmulated || type_ == aoti_torch_device_type_cuda()),
       outer_(g_scope) {
   if (cuda_ && !kEmulated) {
+    demand_cuda();
     aoti_torch_get_device_index(main.get(), &index_);
     guard_.emplace(index_);
   }
@@ -70,8 +76,8 @@ std::string DeviceScope::name() const {
   return cuda_ && !kEmulated ? "cuda:" + std::to_string(index_) : "the CPU";
 }
 
-bool allow_tf32() { return g_allow_tf32.load(std::memory_order_relaxed); }
-void set_allow_tf32(bool on) { g_allow_tf32.store(on, std::memory_order_relaxed); }
+bool allow_tf32() { return g_ask_tf32 != nullptr && g_ask_tf32(); }
+void set_tf32_question(bool (*ask)()) { g_ask_tf32 = ask; }
 
 #if defined(FASTNN_CUDA)
 void run_cuda(const char* kernel, int64_t bytes, int (*launch)(void*, void*, void*),

@@ -70,10 +70,10 @@ struct CudaKernel {
 std::string cuda_problem();
 bool cuda_compiled();
 
-// Whether float32 products may be computed in tf32: what torch.backends.cuda.matmul.allow_tf32
-// says, which Python hands on.
+// Whether float32 products may be computed in tf32: what torch's setting says now. `ask` finds out;
+// no, as long as nobody has said how to ask.
 bool allow_tf32();
-void set_allow_tf32(bool on);
+void set_tf32_question(bool (*ask)());
 
 }  // namespace fastnn
 

@@ -28,8 +28,8 @@ const CudaKernel<LinearBwdParams> cuda_bwd = {
     }};
 
 Activation checked_activation(int64_t code, const char* op) {
-  FASTNN_CHECK(code >= 0 && code < kActivationCount, ValueError, "fastnn::", op,
-               ": activation must be a code in [0, ", kActivationCount - 1, "], got ", code);
+  FASTNN_CHECK(code >= 0 && code < kLinearActivationCount, ValueError, "fastnn::", op,
+               ": activation must be a code in [0, ", kLinearActivationCount - 1, "], got ", code);
   return static_cast<Activation>(code);
 }
 

@@ -87,6 +87,12 @@ std::vector<std::string> op_names() {
   };
 }
 
+// Only products of float32 on CUDA tensors ask.
+bool torch_allows_tf32() {
+  const py::gil_scoped_acquire lock;
+  return py::module_::import("fastnn._dispatch").attr("allows_tf32")().cast<bool>();
+}
+
 bool environment_flag(const char* name) {
   const char* const value = std::getenv(name);
   return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
@@ -97,6 +103,7 @@ bool environment_flag(const char* name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of fastnn.";
   fastnn::plug_in_threads();
+  fastnn::set_tf32_question(&torch_allows_tf32);
   fastnn::set_poison(environment_flag("FASTNN_POISON"));
   m.def("isa", [] { return fastnn::kernels().isa; }, "Instruction set in force.");
   m.def("isa_compiled", &fastnn::isa_compiled, "Instruction sets compiled in, in rising order.");
@@ -112,9 +119,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_poison", &fastnn::set_poison, py::arg("on"),
         "Fills fresh outputs and scratch with NaN from now on.");
   m.def("cuda_compiled", &fastnn::cuda_compiled, "Whether CUDA kernels are compiled in.");
-  m.def("allow_tf32", &fastnn::allow_tf32, "Whether float32 products on CUDA may be tf32.");
-  m.def("set_allow_tf32", &fastnn::set_allow_tf32, py::arg("on"),
-        "Hands on torch.backends.cuda.matmul.allow_tf32.");
+  m.def("allow_tf32", &fastnn::allow_tf32,
+        "Whether float32 products on CUDA may be tf32: fastnn._dispatch.allows_tf32().");
   m.def("cuda_problem", &fastnn::cuda_problem,
         "Why no CUDA kernel can run here, in words; empty where one can. Makes no CUDA context.");
   m.def("ops", &op_names, "The ops of csrc/ops.def.");

@@ -1,7 +1,7 @@
 // torch.ops.fastnn.norm_fwd / norm_bwd.
 #include "cpu/norm.h"
 
-#include "bindings/tensor.h"
+#include "bindings/rows.h"
 #include "cuda/norm.h"
 
 // Absent where the build has no CUDA kernels.
@@ -13,75 +13,15 @@
 namespace fastnn {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-// The last dimensions of a tensor, over which a row of it runs, and the rows.
-struct Extents {
-  std::vector<int64_t> row_shape;
-  int64_t rows = 1, columns = 1;
-};
-
-Extents extents_of(const std::vector<int64_t>& sizes, int64_t dims, const char* op) {
+RowExtents extents_of(const std::vector<int64_t>& sizes, int64_t dims, const char* op) {
   const auto rank = static_cast<int64_t>(sizes.size());
   FASTNN_CHECK(dims >= 1 && dims <= rank, ValueError, "fastnn::", op,
                ": dims, how many of the last dimensions are normalized, must be in [1, ", rank,
                "], got ", dims);
-  Extents e;
-  e.row_shape.assign(sizes.end() - dims, sizes.end());
-  for (int64_t d = 0; d < rank; ++d)
-    (d < rank - dims ? e.rows : e.columns) *= sizes[static_cast<size_t>(d)];
-  return e;
+  return extents_of_last(sizes, dims);
 }
 
-// The data and row stride of a tensor's rows, copied only where no stride describes them.
-struct Source {
-  const void* data;
-  int64_t row_stride;
-};
-Source source_of(const Tensor& t, const Extents& e, Tensor& holder) {
-  if (e.row_shape.size() == 1) {
-    const Rows rows = rows_of(t, holder);
-    if (rows.column_stride == 1) return {rows.data, rows.row_stride};
-  }
-  holder = t.is_contiguous() ? t : torch::stable::contiguous(t);
-  return {holder.const_data_ptr(), e.columns};
-}
-
-// A tensor that must have the input's type and shape.
-Source like_input(const Tensor& t, const char* argument, const Tensor& input, const Extents& e,
-                  const char* op, Tensor& holder) {
-  FASTNN_CHECK(checked_dtype(t, op, argument) == checked_dtype(input, op, "input"), TypeError,
-               "fastnn::", op, ": ", argument, " must have the input's type ",
-               dtype_name(input.scalar_type()), ", got ", dtype_name(t.scalar_type()));
-  FASTNN_CHECK(sizes_of(t) == sizes_of(input), ValueError, "fastnn::", op, ": ", argument,
-               " must have the input's shape ", shape_of(input), ", got ", shape_of(t));
-  return source_of(t, e, holder);
-}
-
-DType parameter_dtype(ScalarType given, DType input, const char* op, const char* argument) {
-  const auto dtype = kernel_dtype(given);
-  FASTNN_CHECK(dtype && (*dtype == input || *dtype == DType::kFloat32), TypeError, "fastnn::", op,
-               ": ", argument, " must have the input's type ", dtype_name(scalar_type(input)),
-               " or be float32, got ", dtype_name(given));
-  return *dtype;
-}
-
-struct Elements {
-  const void* data = nullptr;
-  int64_t stride = 1;
-};
-Elements elements_of(const OptionalTensor& t, const char* argument, const Extents& e,
-                     const char* op, Tensor& holder) {
-  if (!t) return {};
-  checked_dtype(*t, op, argument);
-  FASTNN_CHECK(sizes_of(*t) == e.row_shape, ValueError, "fastnn::", op, ": ", argument,
-               " must have the shape of the normalized dimensions ", shape_text(e.row_shape),
-               ", got ", shape_of(*t));
-  const bool in_place = !DeviceScope::current().cuda() || t->is_contiguous();
-  if (t->dim() == 1 && in_place) return {t->const_data_ptr(), t->stride(0)};
-  holder = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
-  return {holder.const_data_ptr(), 1};
-}
+constexpr auto kNormalized = "the normalized dimensions";
 
 // (output, input + residual, (rows, 2) mean and rstd)
 std::tuple<Tensor, OptionalTensor, OptionalTensor> fwd(const Tensor& input,
@@ -96,7 +36,7 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> fwd(const Tensor& input,
   NormParams p = {};
   p.dtype = p.parameter_dtype = checked_dtype(input, op, "input");
   const auto sizes = sizes_of(input);
-  const Extents e = extents_of(sizes, dims, op);
+  const RowExtents e = extents_of(sizes, dims, op);
   FASTNN_CHECK(!(rms && bias), ValueError, "fastnn::", op, ": RMS norm has no bias");
   if (weight) p.parameter_dtype = parameter_dtype(weight->scalar_type(), p.dtype, op, "weight");
   if (bias) {
@@ -107,9 +47,9 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> fwd(const Tensor& input,
     p.parameter_dtype = of_bias;
   }
   Tensor input_holder, residual_holder, weight_holder, bias_holder;
-  const Elements w = elements_of(weight, "weight", e, op, weight_holder);
-  const Elements b = elements_of(bias, "bias", e, op, bias_holder);
-  const Source x = source_of(input, e, input_holder);
+  const Elements w = elements_of(weight, "weight", e, kNormalized, op, weight_holder);
+  const Elements b = elements_of(bias, "bias", e, kNormalized, op, bias_holder);
+  const RowSource x = row_source(input, e, input_holder);
   p.rows = e.rows;
   p.columns = e.columns;
   p.x = x.data;
@@ -122,7 +62,8 @@ std::tuple<Tensor, OptionalTensor, OptionalTensor> fwd(const Tensor& input,
   p.rms = rms;
   OptionalTensor total, stats;
   if (residual) {
-    const Source r = like_input(*residual, "residual", input, e, op, residual_holder);
+    const RowSource r =
+        row_source_like(*residual, "residual", input, sizes, e, op, residual_holder);
     p.residual = r.data;
     p.residual_row_stride = r.row_stride;
     total = new_output(sizes, p.dtype);
@@ -151,7 +92,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
   p.dtype = checked_dtype(input, op, "input");
   p.parameter_dtype = parameter_dtype(weight_dtype, p.dtype, op, "weight_dtype");
   const auto sizes = sizes_of(input);
-  const Extents e = extents_of(sizes, dims, op);
+  const RowExtents e = extents_of(sizes, dims, op);
   FASTNN_CHECK(!weight || weight->scalar_type() == weight_dtype, TypeError, "fastnn::", op,
                ": weight must have weight_dtype ", dtype_name(weight_dtype), ", got ",
                weight ? dtype_name(weight->scalar_type()) : "");
@@ -161,9 +102,9 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
                ": stats must be what norm_fwd gave, contiguous float32 (", e.rows, ", 2); got ",
                dtype_name(stats.scalar_type()), " ", shape_of(stats));
   Tensor grad_holder, total_holder, input_holder, weight_holder;
-  const Source dy = like_input(grad, "grad", input, e, op, grad_holder);
-  const Source x = source_of(input, e, input_holder);
-  const Elements w = elements_of(weight, "weight", e, op, weight_holder);
+  const RowSource dy = row_source_like(grad, "grad", input, sizes, e, op, grad_holder);
+  const RowSource x = row_source(input, e, input_holder);
+  const Elements w = elements_of(weight, "weight", e, kNormalized, op, weight_holder);
   p.rows = e.rows;
   p.columns = e.columns;
   p.dy = dy.data;
@@ -175,7 +116,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
   p.stats = static_cast<const float*>(stats.const_data_ptr());
   p.rms = rms;
   if (grad_total) {
-    const Source d_total = like_input(*grad_total, "grad_total", input, e, op, total_holder);
+    const RowSource d_total =
+        row_source_like(*grad_total, "grad_total", input, sizes, e, op, total_holder);
     p.d_total = d_total.data;
     p.d_total_row_stride = d_total.row_stride;
   }

@@ -2,6 +2,7 @@
 // or allocates. cpu/<op>.cpp splits the work over threads and calls them.
 #pragma once
 #include "cpu/gemm/params.h"
+#include "params/activation.h"
 #include "params/attention.h"
 #include "params/cross_entropy.h"
 #include "params/limits.h"
@@ -31,6 +32,12 @@ struct KernelTable {
                    int64_t end);
   void (*norm_bwd)(const NormBwdParams& p, const float* weight, int64_t begin, int64_t end,
                    float* dw, float* db);
+
+  // The block; bias as neighbouring float32, or null. Its columns' sums of dx are added to db,
+  // where not null.
+  void (*activation_fwd)(const ActivationParams& p, const float* bias, const Block& block);
+  void (*activation_bwd)(const ActivationBwdParams& p, const float* bias, const Block& block,
+                         float* db);
 
   // (Batch entry, key head) pairs as the products take them: attention_key_floats and
   // attention_value_floats of each, 0 where they are read in place.

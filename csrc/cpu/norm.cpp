@@ -12,16 +12,7 @@ namespace {
 
 // Elements worth a thread of their own: about 5 us of work.
 constexpr int64_t kGrain = 16384;
-// Elements whose share in the parameters' gradients is one partial sum, and the fewest and most
-// rows of it: few enough to share out among threads, many enough that the sums are a small part of
-// the traffic. By shape alone: the bits must not depend on the threads.
-constexpr int64_t kChunkElements = 256 * 768, kFewestRows = 16, kMostRows = 256;
-
 int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, kGrain / columns); }
-
-int64_t chunk_rows(int64_t columns) {
-  return std::clamp(kChunkElements / columns, kFewestRows, kMostRows);
-}
 
 }  // namespace
 

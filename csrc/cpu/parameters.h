@@ -34,6 +34,15 @@ class Parameter {
   const float* values_;
 };
 
+// Elements whose share in the parameters' gradients is one partial sum, and the fewest and most
+// rows of it: few enough to share out among threads, many enough that the sums are a small part of
+// the traffic. By shape alone: the bits must not depend on the threads.
+constexpr int64_t kChunkElements = 256 * 768, kFewestRows = 16, kMostRows = 256;
+
+inline int64_t chunk_rows(int64_t columns) {
+  return std::clamp(kChunkElements / columns, kFewestRows, kMostRows);
+}
+
 // The chunks' partial sums, n floats each, added in chunk order into the first: the same bits for
 // any number of threads.
 inline void add_chunks(const KernelTable& table, float* sums, int64_t chunks, int64_t n,

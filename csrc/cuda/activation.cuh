@@ -1,11 +1,19 @@
-// The activations of linear and their derivatives, as cpu/simd/activation.h has them.
+// The activations and their derivatives, as cpu/simd/activation.h has them. Of results that are
+// rounded to T: the quick instructions, whose errors 16 bits do not show, are for 16-bit types.
 #pragma once
 #include "cuda/ptx.cuh"
-#include "params/linear.h"
+#include "params/activation.h"
 
 namespace fastnn::cuda {
 
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+template <class T>
+__device__ __forceinline__ float exp_for(float x) {
+  return sizeof(T) == 4 ? expf(x) : __expf(x);
+}
+template <class T>
+__device__ __forceinline__ float reciprocal_for(float x) {
+  return sizeof(T) == 4 ? 1.f / x : __fdividef(1.f, x);
+}
 
 // Standard normal distribution function. For 16-bit results by 7.1.26 of Abramowitz & Stegun:
 // erfc(z) is a polynomial in 1 / (1 + p z) times e^(-z^2), error below 1.5e-7.
@@ -21,52 +29,85 @@ __device__ __forceinline__ float normal_cdf(float x) {
   const float half = 0.5f * p * t * __expf(-z * z);
   return x >= 0.f ? 1.f - half : half;
 }
-constexpr float kGeluTwice = 1.59576912f;  // 2 sqrt(2 / pi): (1 + tanh(u)) / 2 = sigmoid(2 u)
-constexpr float kGeluCubic = 0.044715f;
-__device__ __forceinline__ float gelu_tanh_argument(float x) {
-  return x * fmaf(x * x, kGeluTwice * kGeluCubic, kGeluTwice);
+
+// 1 / (1 + e^-x) = p and 1 - p = q, both with all their digits.
+struct Logistic {
+  float p, q;
+};
+template <class T>
+__device__ __forceinline__ Logistic logistic(float x) {
+  const float z = exp_for<T>(-fabsf(x)), near_one = reciprocal_for<T>(1.f + z),
+              small = z * near_one;
+  return x >= 0.f ? Logistic{near_one, small} : Logistic{small, near_one};
 }
 
-// Of a result that is rounded to T.
+// The activation and its slope at one place, which counts where the activation is not cut off;
+// whoever takes one of them pays for one. x (p q) comes before large factors: p q is 0
+// where they overflow.
+struct Activated {
+  float value, slope;
+};
 template <Activation A, class T>
-__device__ __forceinline__ float activate(float x) {
+__device__ __forceinline__ Activated activated(float x) {
   if constexpr (A == Activation::kRelu) {
-    return x <= 0.f ? 0.f : x;  // NaN comes through
+    return {x <= 0.f ? 0.f : x, 1.f};  // NaN comes through
   } else if constexpr (A == Activation::kGelu) {
-    return x * normal_cdf<T>(x);
+    const float p = normal_cdf<T>(x);
+    return {x * p, fmaf(x, exp_for<T>(x * x * -0.5f) * 0.398942280f, p)};
   } else if constexpr (A == Activation::kGeluTanh) {
-    return x * sigmoid(gelu_tanh_argument(x));
+    // Twice the tanh's argument: (1 + tanh(u)) / 2 = sigmoid(2u).
+    constexpr float kTwice = 1.59576912f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
+    const float s = x * x;
+    const auto [p, q] = logistic<T>(x * fmaf(s, kTwice * kCubic, kTwice));
+    return {x * p, fmaf(x * (p * q), fmaf(s, 3.f * kTwice * kCubic, kTwice), p)};
   } else if constexpr (A == Activation::kSilu) {
-    return x * sigmoid(x);
+    const auto [p, q] = logistic<T>(x);
+    return {x * p, fmaf(x, p * q, p)};
   } else if constexpr (A == Activation::kSigmoid) {
-    return sigmoid(x);
+    const auto [p, q] = logistic<T>(x);
+    return {p, p * q};
   } else if constexpr (A == Activation::kTanh) {
-    return tanhf(x);
+    const auto [p, q] = logistic<T>(2.f * x);
+    return {tanhf(x), 4.f * (p * q)};
+  } else if constexpr (A == Activation::kRelu2) {
+    const float y = x <= 0.f ? 0.f : x;
+    return {y * y, 2.f * y};
+  } else if constexpr (A == Activation::kHardswish) {
+    const float t = x + 3.f, gate = (t <= 0.f ? 0.f : t >= 6.f ? 6.f : t) * (1.f / 6.f);
+    return {x * gate, x >= 3.f ? 1.f : fmaf(x, 1.f / 3.f, 0.5f)};
   } else {
-    return x;
+    return {x, 1.f};
   }
 }
 
-// activation'(z) dy. `s` is the output for relu, sigmoid and tanh, z itself for the others.
+template <Activation A, class T>
+__device__ __forceinline__ float activate(float x) {
+  return activated<A, T>(x).value;
+}
+
+// activation'(x) dy. Where the activation is cut off nothing comes through, infinities neither.
+template <Activation A, class T>
+__device__ __forceinline__ float slope_times(float dy, float x) {
+  if constexpr (A == Activation::kRelu || A == Activation::kRelu2) {
+    if (x <= 0.f) return 0.f;
+  } else if constexpr (A == Activation::kHardswish) {
+    if (x <= -3.f) return 0.f;
+  }
+  return dy * activated<A, T>(x).slope;
+}
+
+// activation'(z) dy of what linear saved: its output for relu, sigmoid and tanh, z itself for the
+// others.
 template <Activation A, class T>
 __device__ __forceinline__ float activate_bwd(float dy, float s) {
-  if constexpr (A == Activation::kRelu) {
-    return s <= 0.f ? 0.f : dy;
-  } else if constexpr (A == Activation::kGelu) {
-    const float density = __expf(s * s * -0.5f) * 0.398942280f;
-    return dy * fmaf(s, density, normal_cdf<T>(s));
-  } else if constexpr (A == Activation::kGeluTanh) {
-    const float p = sigmoid(gelu_tanh_argument(s)), q = sigmoid(-gelu_tanh_argument(s));
-    const float slope = fmaf(s * s, 3.f * kGeluTwice * kGeluCubic, kGeluTwice);
-    return dy * fmaf(s * slope * p, q, p);
-  } else if constexpr (A == Activation::kSilu) {
-    return dy * fmaf(s * sigmoid(s), sigmoid(-s), sigmoid(s));
+  if constexpr (A == Activation::kNone) {
+    return dy;
   } else if constexpr (A == Activation::kSigmoid) {
     return dy * (s * (1.f - s));
   } else if constexpr (A == Activation::kTanh) {
     return dy * fmaf(-s, s, 1.f);
   } else {
-    return dy;
+    return slope_times<A, T>(dy, s);
   }
 }
 
@@ -92,6 +133,10 @@ __device__ __forceinline__ void with_activation(Activation a, F f) {
       return f(ActivationTag<Activation::kSigmoid>{});
     case Activation::kTanh:
       return f(ActivationTag<Activation::kTanh>{});
+    case Activation::kRelu2:
+      return f(ActivationTag<Activation::kRelu2>{});
+    case Activation::kHardswish:
+      return f(ActivationTag<Activation::kHardswish>{});
   }
 }
 

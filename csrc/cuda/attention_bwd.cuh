@@ -119,36 +119,23 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   float* const stats =
       reinterpret_cast<float*>(memory + 2 * kKeyBytes + 2 * kBuffers * kQueryBytes);
 
-  const int part = blockIdx.x % kParts;
-  const int tiles = (static_cast<int>(p.S_k) + kK - 1) / kK, heads = static_cast<int>(p.H_kv);
-  const int block = static_cast<int>(blockIdx.x) / kParts, item = block / tiles;
-  const int b = item / heads, kv_head = item % heads, group = static_cast<int>(p.H) / heads;
-  const int k0 = block % tiles * kK;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int d = kGeneral ? static_cast<int>(p.D) : kFeatures;
-  const int dv = kGeneral ? static_cast<int>(p.D_v) : kFeatures;
-  const int d_steps = kGeneral ? (d + 15) / 16 : kD, dv_steps = kGeneral ? (dv + 15) / 16 : kD;
-  const int s_q = static_cast<int>(p.S_q), s_k = static_cast<int>(p.S_k);
-  const bool q_aligned = !kGeneral || rows_aligned<T>(p.q);
-  const bool do_aligned = !kGeneral || rows_aligned<T>(f.d_out);
-
-  Tile::template copy<kK, !kGeneral>(k_tile, head_rows<T>(p.k, b, kv_head, k0), p.k.row_stride,
-                                     s_k - k0, d, !kGeneral || rows_aligned<T>(p.k));
-  Tile::template copy<kK, !kGeneral>(v_tile, head_rows<T>(p.v, b, kv_head, k0), p.v.row_stride,
-                                     s_k - k0, dv, !kGeneral || rows_aligned<T>(p.v));
-  const Positions range = seeing_queries(p, k0, k0 + kK < s_k ? k0 + kK - 1 : s_k - 1);
+  const int part = blockIdx.x % kParts, block = blockIdx.x / kParts;
+  const auto [b, kv_head, group, k0] = key_block(p, block, kK);
+  int thread = static_cast<int>(threadIdx.x);
+  const Sizes<kFeatures, kGeneral> n(p);
+  copy_rows<T, kFeatures, kK, !kGeneral>(k_tile, p.k, b, kv_head, k0, n.s_k, n.d);
+  copy_rows<T, kFeatures, kK, !kGeneral>(v_tile, p.v, b, kv_head, k0, n.s_k, n.dv);
+  const Positions range = queries_of_tile(p, k0, kK);
   const int begin = range.begin / kQ * kQ;
   const int per_head = range.begin < range.end ? (range.end - begin + kQ - 1) / kQ : 0;
-  auto copy_queries = [&](int buffer, int h, int i0) {
+  auto copy_queries = [&, b = b](int buffer, int h, int i0) {
     const Shared to = queries + buffer * 2 * kQueryBytes;
-    Tile::template copy<kQ, !kGeneral>(to, head_rows<T>(p.q, b, h, i0), p.q.row_stride, s_q - i0, d,
-                                       q_aligned);
-    Tile::template copy<kQ, !kGeneral>(to + kQueryBytes, head_rows<T>(f.d_out, b, h, i0),
-                                       f.d_out.row_stride, s_q - i0, dv, do_aligned);
+    copy_rows<T, kFeatures, kQ, !kGeneral>(to, p.q, b, h, i0, n.s_q, n.d);
+    copy_rows<T, kFeatures, kQ, !kGeneral>(to + kQueryBytes, f.d_out, b, h, i0, n.s_q, n.dv);
     if (threadIdx.x < kQ) {
       const int query = i0 + static_cast<int>(threadIdx.x);
       const int64_t at = (b * p.H + h) * p.S_q + query;
-      const bool exists = query < s_q;
+      const bool exists = query < n.s_q;
       const Shared stat = shared_address(stats + buffer * 2 * kQ + threadIdx.x);
       cp_async4(stat, f.lse + at, exists);
       cp_async4(stat + kQ * 4, delta + at, exists);
@@ -160,8 +147,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   if (steps > 0) copy_queries(0, h, i0);
   cp_async_commit();
 
-  const int lane_a = Tile::lane_a(), lane_b = Tile::lane_b();
-  const int own = warp * kM * Tile::kSixteenRows, key0 = k0 + warp * 16 * kM;
   float dk[kM][2 * kOut][4] = {}, dvs[kM][2 * kOut][4] = {};
   int buffer = 0;
   for (int step = 0; step < steps; ++step) {
@@ -175,16 +160,20 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       cp_async_commit();
     }
     const Shared q_tile = queries + buffer * 2 * kQueryBytes, do_tile = q_tile + kQueryBytes;
+    renew(thread);  // its places are computed again rather than kept in registers
+    const int warp = thread >> 5, lane = thread & 31, key0 = k0 + warp * 16 * kM;
+    const int own = Tile::lane_a(thread) + warp * kM * Tile::kSixteenRows;
+    const int lane_b = Tile::lane_b(thread);
     float s[kM][2 * kN][4] = {}, dp[kM][2 * kN][4] = {};
-    multiply_rows<T, Tile, kM, kN, kD>(s, k_tile + own, lane_a, q_tile, lane_b, d_steps);
-    multiply_rows<T, Tile, kM, kN, kD>(dp, v_tile + own, lane_a, do_tile, lane_b, dv_steps);
-    const bool all = i0 + kQ <= s_q && all_visible(p, i0, kQ, key0, 16 * kM);
+    multiply_rows<T, Tile, kM, kN, kD>(s, k_tile, own, q_tile, lane_b, n.d_steps);
+    multiply_rows<T, Tile, kM, kN, kD>(dp, v_tile, own, do_tile, lane_b, n.dv_steps);
+    const bool all = i0 + kQ <= n.s_q && all_visible(p, i0, kQ, key0, 16 * kM);
     // General kernels mask as they finish a score, which may turn -inf round.
     if (!kGeneral && !all) hide<true, kM, kN>(p, s, key0 + lane / 4, i0);
     const float* const lses = stats + buffer * 2 * kQ;
 #pragma unroll
-    for (int n = 0; n < 2 * kN; ++n) {
-      const int column = n * 8 + lane % 4 * 2;
+    for (int j = 0; j < 2 * kN; ++j) {
+      const int column = j * 8 + lane % 4 * 2;
       const float2 lse = *reinterpret_cast<const float2*>(lses + column);
       const float2 its_delta = *reinterpret_cast<const float2*>(lses + kQ + column);
 #pragma unroll
@@ -211,18 +200,19 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
           const int query = i0 + column + e % 2, key = key0 + 16 * i + lane / 4 + e / 2 * 8;
           const float keep = !drops ? 1.f : kept >> e & 1 ? keep_scale : 0.f;
           const Weight w =
-              weight_of<kGeneral>(p, s[i][n][e], dp[i][n][e], (e % 2 == 0 ? lse.x : lse.y) * kLog2E,
+              weight_of<kGeneral>(p, s[i][j][e], dp[i][j][e], (e % 2 == 0 ? lse.x : lse.y) * kLog2E,
                                   e % 2 == 0 ? its_delta.x : its_delta.y, keep,
-                                  !kGeneral || all || (query < s_q && is_visible(p, query, key)),
-                                  b * p.mask_strides[0] + h * p.mask_strides[1] +
-                                      query * p.mask_strides[2] + key * p.mask_strides[3]);
-          s[i][n][e] = w.p;
-          dp[i][n][e] = w.ds;
+                                  !kGeneral || all || (query < n.s_q && is_visible(p, query, key)),
+                                  mask_offset(p, b, h, query, key));
+          s[i][j][e] = w.p;
+          dp[i][j][e] = w.ds;
         }
       }
     }
-    multiply_sums<T, Tile, kM, kN, kOut>(dvs, s, do_tile, lane_a, part * kOut, dv_steps);
-    multiply_sums<T, Tile, kM, kN, kOut>(dk, dp, q_tile, lane_a, part * kOut, d_steps);
+    renew(thread);
+    const int lane_a = Tile::lane_a(thread);
+    multiply_sums<T, Tile, kM, kN, kOut>(dvs, s, do_tile, lane_a, part * kOut, n.dv_steps);
+    multiply_sums<T, Tile, kM, kN, kOut>(dk, dp, q_tile, lane_a, part * kOut, n.d_steps);
     if (kBuffers == 1 && step + 1 < steps) {
       __syncthreads();
       copy_queries(0, next_h, next_i0);
@@ -234,13 +224,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   }
   cp_async_wait<0>();
   __syncthreads();  // K and V are there also where there was no query; the results take their place
+  const int warp = thread >> 5;
   sums_to_tile<T, Tile, kM, kOut>(dk, p.scale, memory, warp * 16 * kM, part * kOut);
   sums_to_tile<T, Tile, kM, kOut>(dvs, 1.f, memory + kKeyBytes, warp * 16 * kM, part * kOut);
   __syncwarp();
   const int64_t row = (b * p.H_kv + kv_head) * p.S_k + k0;
-  write_rows<T, kFeatures, 16 * kM, kWidth>(memory, warp * 16 * kM, s_k - k0, d,
+  write_rows<T, kFeatures, 16 * kM, kWidth>(memory, warp * 16 * kM, n.s_k - k0, n.d,
                                             static_cast<T*>(f.dk) + row * p.D, p.D, part * kWidth);
-  write_rows<T, kFeatures, 16 * kM, kWidth>(memory + kKeyBytes, warp * 16 * kM, s_k - k0, dv,
+  write_rows<T, kFeatures, 16 * kM, kWidth>(memory + kKeyBytes, warp * 16 * kM, n.s_k - k0, n.dv,
                                             static_cast<T*>(f.dv) + row * p.D_v, p.D_v,
                                             part * kWidth);
 }
@@ -261,43 +252,28 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 
   int block = static_cast<int>(blockIdx.x);
   const auto [b, h, kv_head, q0] = query_block(p, block, kQ);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int d = kGeneral ? static_cast<int>(p.D) : kFeatures;
-  const int dv = kGeneral ? static_cast<int>(p.D_v) : kFeatures;
-  const int d_steps = kGeneral ? (d + 15) / 16 : kD, dv_steps = kGeneral ? (dv + 15) / 16 : kD;
-  const int s_q = static_cast<int>(p.S_q), s_k = static_cast<int>(p.S_k);
-  const bool k_aligned = !kGeneral || rows_aligned<T>(p.k);
-  const bool v_aligned = !kGeneral || rows_aligned<T>(p.v);
-  const Positions range = visible_keys(p, q0, q0 + kQ < s_q ? q0 + kQ - 1 : s_q - 1);
+  int thread = static_cast<int>(threadIdx.x);
+  const Sizes<kFeatures, kGeneral> n(p);
+  const Positions range = keys_of_tile(p, q0, kQ);
   const int begin = range.begin / kK * kK;
-  const T* k_rows = head_rows<T>(p.k, b, kv_head, begin);
-  const T* v_rows = head_rows<T>(p.v, b, kv_head, begin);
-  auto copy_keys = [&](int buffer, int j0) {
+  auto copy_keys = [&, b = b, kv_head = kv_head](int buffer, int j0) {
     const Shared to = keys + buffer * 2 * kKeyBytes;
-    Tile::template copy<kK, !kGeneral>(to, k_rows, p.k.row_stride, s_k - j0, d, k_aligned);
-    Tile::template copy<kK, !kGeneral>(to + kKeyBytes, v_rows, p.v.row_stride, s_k - j0, dv,
-                                       v_aligned);
-    k_rows += kK * p.k.row_stride;
-    v_rows += kK * p.v.row_stride;
+    copy_rows<T, kFeatures, kK, !kGeneral>(to, p.k, b, kv_head, j0, n.s_k, n.d);
+    copy_rows<T, kFeatures, kK, !kGeneral>(to + kKeyBytes, p.v, b, kv_head, j0, n.s_k, n.dv);
   };
-  Tile::template copy<kQ, !kGeneral>(q_tile, head_rows<T>(p.q, b, h, q0), p.q.row_stride, s_q - q0,
-                                     d, !kGeneral || rows_aligned<T>(p.q));
-  Tile::template copy<kQ, !kGeneral>(do_tile, head_rows<T>(f.d_out, b, h, q0), f.d_out.row_stride,
-                                     s_q - q0, dv, !kGeneral || rows_aligned<T>(f.d_out));
+  copy_rows<T, kFeatures, kQ, !kGeneral>(q_tile, p.q, b, h, q0, n.s_q, n.d);
+  copy_rows<T, kFeatures, kQ, !kGeneral>(do_tile, f.d_out, b, h, q0, n.s_q, n.dv);
   if (begin < range.end) copy_keys(0, begin);
   cp_async_commit();
 
-  const int row0 = q0 + warp * 16 * kM + lane / 4;
   float lse[kM][2], its_delta[kM][2];
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) {
-    const int row = row0 + 8 * i;
+    const int row = q0 + (thread >> 5) * 16 * kM + (thread & 31) / 4 + 8 * i;
     const int64_t at = (b * p.H + h) * p.S_q + row;
-    lse[i / 2][i % 2] = row < s_q ? load_global(f.lse + at) * kLog2E : kInfinity;
-    its_delta[i / 2][i % 2] = row < s_q ? load_global(delta + at) : 0.f;
+    lse[i / 2][i % 2] = row < n.s_q ? load_global(f.lse + at) * kLog2E : kInfinity;
+    its_delta[i / 2][i % 2] = row < n.s_q ? load_global(delta + at) : 0.f;
   }
-  const int lane_a = Tile::lane_a(), lane_b = Tile::lane_b();
-  const int own = warp * kM * Tile::kSixteenRows;
   float dq[kM][2 * kD][4] = {};
   int buffer = 0;
   for (int j0 = begin; j0 < range.end; j0 += kK) {
@@ -308,40 +284,44 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       cp_async_commit();
     }
     const Shared k_tile = keys + buffer * 2 * kKeyBytes, v_tile = k_tile + kKeyBytes;
+    renew(thread);
+    const int warp = thread >> 5, lane = thread & 31, row0 = q0 + warp * 16 * kM + lane / 4;
+    const int own = Tile::lane_a(thread) + warp * kM * Tile::kSixteenRows;
+    const int lane_b = Tile::lane_b(thread);
     float s[kM][2 * kN][4] = {}, dp[kM][2 * kN][4] = {};
-    multiply_rows<T, Tile, kM, kN, kD>(s, q_tile + own, lane_a, k_tile, lane_b, d_steps);
-    multiply_rows<T, Tile, kM, kN, kD>(dp, do_tile + own, lane_a, v_tile, lane_b, dv_steps);
-    const bool all = q0 + kQ <= s_q && all_visible(p, q0 + warp * 16 * kM, 16 * kM, j0, kK);
+    multiply_rows<T, Tile, kM, kN, kD>(s, q_tile, own, k_tile, lane_b, n.d_steps);
+    multiply_rows<T, Tile, kM, kN, kD>(dp, do_tile, own, v_tile, lane_b, n.dv_steps);
+    const bool all = q0 + kQ <= n.s_q && all_visible(p, q0 + warp * 16 * kM, 16 * kM, j0, kK);
     if (!kGeneral && !all) hide<false, kM, kN>(p, s, row0, j0);
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
 #pragma unroll
-      for (int n = 0; n < 2 * kN; ++n) {
+      for (int j = 0; j < 2 * kN; ++j) {
         uint32_t mine = 0, theirs = 0;
         float keep_scale = 1.f;
         const bool drops = kGeneral && p.dropout > 0.f;
         if (drops) {  // as in forward
           const Dropout dropout(p);
           mine = dropout.kept((b * p.H + h) * p.S_q + row0 + 16 * i + lane % 2 * 8,
-                              (j0 + 8 * n) / 4 + lane % 4 / 2);
+                              (j0 + 8 * j) / 4 + lane % 4 / 2);
           theirs = __shfl_xor_sync(0xffffffffu, mine, 1);
           keep_scale = dropout.keep_scale;
         }
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int query = row0 + 16 * i + e / 2 * 8, key = j0 + n * 8 + lane % 4 * 2 + e % 2;
+          const int query = row0 + 16 * i + e / 2 * 8, key = j0 + j * 8 + lane % 4 * 2 + e % 2;
           const uint32_t bits = e / 2 == lane % 2 ? mine : theirs;
           const float keep = !drops ? 1.f : bits >> (lane % 2 * 2 + e % 2) & 1 ? keep_scale : 0.f;
-          dp[i][n][e] = weight_of<kGeneral>(
-                            p, s[i][n][e], dp[i][n][e], lse[i][e / 2], its_delta[i][e / 2], keep,
-                            !kGeneral || all || (query < s_q && is_visible(p, query, key)),
-                            b * p.mask_strides[0] + h * p.mask_strides[1] +
-                                query * p.mask_strides[2] + key * p.mask_strides[3])
+          dp[i][j][e] = weight_of<kGeneral>(
+                            p, s[i][j][e], dp[i][j][e], lse[i][e / 2], its_delta[i][e / 2], keep,
+                            !kGeneral || all || (query < n.s_q && is_visible(p, query, key)),
+                            mask_offset(p, b, h, query, key))
                             .ds;
         }
       }
     }
-    multiply_sums<T, Tile, kM, kN, kD>(dq, dp, k_tile, lane_a, 0, d_steps);
+    renew(thread);
+    multiply_sums<T, Tile, kM, kN, kD>(dq, dp, k_tile, Tile::lane_a(thread), 0, n.d_steps);
     if (kBuffers == 1 && j0 + kK < range.end) {
       __syncthreads();
       copy_keys(0, j0 + kK);
@@ -351,12 +331,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   }
   cp_async_wait<0>();
   __syncthreads();
+  const int warp = thread >> 5;
   sums_to_tile<T, Tile, kM, kD>(dq, p.scale, memory, warp * 16 * kM, 0);
   __syncwarp();
   renew(block);  // the tile's place is computed again rather than kept in registers
   const QueryBlock at = query_block(p, block, kQ);
   write_rows<T, kFeatures, 16 * kM>(
-      memory, warp * 16 * kM, static_cast<int>(p.S_q) - at.q0, d,
+      memory, warp * 16 * kM, n.s_q - at.q0, n.d,
       static_cast<T*>(f.dq) + ((at.b * p.H + at.h) * p.S_q + at.q0) * p.D, p.D);
 }
 

@@ -14,13 +14,14 @@ struct FloatTile {
   using Scores = float[kPerThread][kPerThread];
   using Sums = float[kPerThread][kParts][4];
 
-  // Copies kRows rows of d features, zeros beyond them.
-  static __device__ __forceinline__ void copy(float* to, const float* from, int64_t stride,
+  // Copies kRows rows of a head from `row` on, of the `rows` that it has, zeros beyond d features.
+  static __device__ __forceinline__ void copy(float* to, const Heads& x, int b, int h, int row0,
                                               int rows, int d) {
+    const float* const from = head_rows<float>(x, b, h, row0);
     for (int i = threadIdx.x; i < kRows * kFeatures / 4; i += kFloatThreads) {
       const int row = i / (kFeatures / 4), first = i % (kFeatures / 4) * 4;
       float v[4] = {};
-      if (row < rows && first < d) load_chunk(from + row * stride, first, d, v);
+      if (row0 + row < rows && first < d) load_chunk(from + row * x.row_stride, first, d, v);
       *reinterpret_cast<float4*>(to + row * kStride + first) = make_float4(v[0], v[1], v[2], v[3]);
     }
   }
@@ -110,11 +111,6 @@ __device__ __forceinline__ float kept_weight(const AttentionParams& p, int64_t r
   const Dropout dropout(p);
   return dropout.kept(row, key / 4) >> key % 4 & 1 ? dropout.keep_scale : 0.f;
 }
-__device__ __forceinline__ int64_t mask_offset(const AttentionParams& p, int64_t b, int64_t h,
-                                               int query, int key) {
-  return b * p.mask_strides[0] + h * p.mask_strides[1] + query * p.mask_strides[2] +
-         key * p.mask_strides[3];
-}
 // As weight_of, of float32: the logsumexp is taken away before the factor log2(e).
 __device__ __forceinline__ Weight float_weight(const AttentionParams& p, float product, float dp,
                                                float lse, float delta, int64_t b, int64_t h,
@@ -137,23 +133,22 @@ __global__ void __launch_bounds__(kFloatThreads, 1) attention_fwd_f32_kernel(Att
   float* const kv_tile = q_tile + Tile::kFloats;
   float* const weights = kv_tile + Tile::kFloats;
   const auto [b, h, kv_head, q0] = query_block(p, static_cast<int>(blockIdx.x), kRows);
-  const int s_q = static_cast<int>(p.S_q), s_k = static_cast<int>(p.S_k);
-  const int d = static_cast<int>(p.D), dv = static_cast<int>(p.D_v);
+  const Sizes<kFeatures, true> n(p);
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-  const Positions range = visible_keys(p, q0, q0 + kRows < s_q ? q0 + kRows - 1 : s_q - 1);
-  Tile::copy(q_tile, head_rows<float>(p.q, b, h, q0), p.q.row_stride, s_q - q0, d);
+  const Positions range = keys_of_tile(p, q0, kRows);
+  Tile::copy(q_tile, p.q, b, h, q0, n.s_q, n.d);
   typename Tile::Sums o = {};
   float top[kPer], total[kPer] = {};
 #pragma unroll
   for (int r = 0; r < kPer; ++r) top[r] = -kInfinity;
   for (int j0 = range.begin / kRows * kRows; j0 < range.end; j0 += kRows) {
     __syncthreads();  // V of the step before has been read
-    Tile::copy(kv_tile, head_rows<float>(p.k, b, kv_head, j0), p.k.row_stride, s_k - j0, d);
+    Tile::copy(kv_tile, p.k, b, kv_head, j0, n.s_k, n.d);
     __syncthreads();
     typename Tile::Scores s;
-    Tile::multiply_rows(s, q_tile, kv_tile, d);
+    Tile::multiply_rows(s, q_tile, kv_tile, n.d);
     __syncthreads();
-    Tile::copy(kv_tile, head_rows<float>(p.v, b, kv_head, j0), p.v.row_stride, s_k - j0, dv);
+    Tile::copy(kv_tile, p.v, b, kv_head, j0, n.s_k, n.dv);
 #pragma unroll
     for (int r = 0; r < kPer; ++r) {
       const int query = q0 + ty + 16 * r;
@@ -161,7 +156,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1) attention_fwd_f32_kernel(Att
 #pragma unroll
       for (int c = 0; c < kPer; ++c) {
         const int key = j0 + tx + 16 * c;
-        const bool is_seen = query < s_q && is_visible(p, query, key);
+        const bool is_seen = query < n.s_q && is_visible(p, query, key);
         float slope;
         s[r][c] = finish_score(p, s[r][c], mask_offset(p, b, h, query, key), is_seen, slope);
         if (!is_seen) s[r][c] = -kInfinity;
@@ -186,7 +181,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1) attention_fwd_f32_kernel(Att
     }
     Tile::keep(s, weights);
     __syncthreads();
-    Tile::multiply_weights(o, weights, kv_tile, dv);
+    Tile::multiply_weights(o, weights, kv_tile, n.dv);
   }
   float inverse[kPer];
 #pragma unroll
@@ -194,7 +189,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1) attention_fwd_f32_kernel(Att
     const float sum = warp_reduce<16>(total[r], Add{});
     inverse[r] = sum == 0.f ? 0.f : 1.f / sum;
     const int query = q0 + ty + 16 * r;
-    if (f.lse != nullptr && tx == 0 && query < s_q) {
+    if (f.lse != nullptr && tx == 0 && query < n.s_q) {
       store_global(f.lse + (b * p.H + h) * p.S_q + query,
                    sum == 0.f ? kInfinity : top[r] + logf(sum));
     }
@@ -202,7 +197,7 @@ __global__ void __launch_bounds__(kFloatThreads, 1) attention_fwd_f32_kernel(Att
   Tile::write(o, inverse,
               static_cast<float*>(f.out) + b * f.out_batch_stride + h * f.out_head_stride +
                   q0 * f.out_row_stride,
-              f.out_row_stride, s_q - q0, dv);
+              f.out_row_stride, n.s_q - q0, n.dv);
 }
 
 // dk and dv of a tile of keys (rows) over the queries (columns).
@@ -218,32 +213,28 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   float* const q_tile = v_tile + Tile::kFloats;
   float* const do_tile = q_tile + Tile::kFloats;
   float* const weights = do_tile + Tile::kFloats;
-  const int tiles = (static_cast<int>(p.S_k) + kRows - 1) / kRows;
-  const int heads = static_cast<int>(p.H_kv), block = static_cast<int>(blockIdx.x);
-  const int b = block / tiles / heads, kv_head = block / tiles % heads;
-  const int group = static_cast<int>(p.H) / heads, k0 = block % tiles * kRows;
-  const int s_q = static_cast<int>(p.S_q), s_k = static_cast<int>(p.S_k);
-  const int d = static_cast<int>(p.D), dv = static_cast<int>(p.D_v);
+  const auto [b, kv_head, group, k0] = key_block(p, static_cast<int>(blockIdx.x), kRows);
+  const Sizes<kFeatures, true> n(p);
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-  const Positions range = seeing_queries(p, k0, k0 + kRows < s_k ? k0 + kRows - 1 : s_k - 1);
-  Tile::copy(k_tile, head_rows<float>(p.k, b, kv_head, k0), p.k.row_stride, s_k - k0, d);
-  Tile::copy(v_tile, head_rows<float>(p.v, b, kv_head, k0), p.v.row_stride, s_k - k0, dv);
+  const Positions range = queries_of_tile(p, k0, kRows);
+  Tile::copy(k_tile, p.k, b, kv_head, k0, n.s_k, n.d);
+  Tile::copy(v_tile, p.v, b, kv_head, k0, n.s_k, n.dv);
   typename Tile::Sums dk = {}, dvs = {};
   for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     for (int i0 = range.begin / kRows * kRows; i0 < range.end; i0 += kRows) {
       __syncthreads();
-      Tile::copy(q_tile, head_rows<float>(p.q, b, h, i0), p.q.row_stride, s_q - i0, d);
-      Tile::copy(do_tile, head_rows<float>(f.d_out, b, h, i0), f.d_out.row_stride, s_q - i0, dv);
+      Tile::copy(q_tile, p.q, b, h, i0, n.s_q, n.d);
+      Tile::copy(do_tile, f.d_out, b, h, i0, n.s_q, n.dv);
       __syncthreads();
       typename Tile::Scores s, dp;
-      Tile::multiply_rows(s, k_tile, q_tile, d);
-      Tile::multiply_rows(dp, v_tile, do_tile, dv);
+      Tile::multiply_rows(s, k_tile, q_tile, n.d);
+      Tile::multiply_rows(dp, v_tile, do_tile, n.dv);
 #pragma unroll
       for (int c = 0; c < kPer; ++c) {
         const int query = i0 + tx + 16 * c;
         const int64_t at = (b * p.H + h) * p.S_q + query;
-        const float lse = query < s_q ? load_global(f.lse + at) : kInfinity;
-        const float its_delta = query < s_q ? load_global(delta + at) : 0.f;
+        const float lse = query < n.s_q ? load_global(f.lse + at) : kInfinity;
+        const float its_delta = query < n.s_q ? load_global(delta + at) : 0.f;
 #pragma unroll
         for (int r = 0; r < kPer; ++r) {
           const Weight w =
@@ -254,19 +245,19 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
       }
       Tile::keep(s, weights);
       __syncthreads();
-      Tile::multiply_weights(dvs, weights, do_tile, dv);
+      Tile::multiply_weights(dvs, weights, do_tile, n.dv);
       __syncthreads();
       Tile::keep(dp, weights);
       __syncthreads();
-      Tile::multiply_weights(dk, weights, q_tile, d);
+      Tile::multiply_weights(dk, weights, q_tile, n.d);
     }
   }
   float scale[kPer], one[kPer];
 #pragma unroll
   for (int r = 0; r < kPer; ++r) scale[r] = p.scale, one[r] = 1.f;
   const int64_t row = (b * p.H_kv + kv_head) * p.S_k + k0;
-  Tile::write(dk, scale, static_cast<float*>(f.dk) + row * p.D, p.D, s_k - k0, d);
-  Tile::write(dvs, one, static_cast<float*>(f.dv) + row * p.D_v, p.D_v, s_k - k0, dv);
+  Tile::write(dk, scale, static_cast<float*>(f.dk) + row * p.D, p.D, n.s_k - k0, n.d);
+  Tile::write(dvs, one, static_cast<float*>(f.dv) + row * p.D_v, p.D_v, n.s_k - k0, n.dv);
 }
 
 // dq of a tile of queries (rows) over the keys (columns).
@@ -283,30 +274,29 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
   float* const v_tile = k_tile + Tile::kFloats;
   float* const weights = v_tile + Tile::kFloats;
   const auto [b, h, kv_head, q0] = query_block(p, static_cast<int>(blockIdx.x), kRows);
-  const int s_q = static_cast<int>(p.S_q), s_k = static_cast<int>(p.S_k);
-  const int d = static_cast<int>(p.D), dv = static_cast<int>(p.D_v);
+  const Sizes<kFeatures, true> n(p);
   const int ty = threadIdx.x / 16, tx = threadIdx.x % 16;
-  const Positions range = visible_keys(p, q0, q0 + kRows < s_q ? q0 + kRows - 1 : s_q - 1);
-  Tile::copy(q_tile, head_rows<float>(p.q, b, h, q0), p.q.row_stride, s_q - q0, d);
-  Tile::copy(do_tile, head_rows<float>(f.d_out, b, h, q0), f.d_out.row_stride, s_q - q0, dv);
+  const Positions range = keys_of_tile(p, q0, kRows);
+  Tile::copy(q_tile, p.q, b, h, q0, n.s_q, n.d);
+  Tile::copy(do_tile, f.d_out, b, h, q0, n.s_q, n.dv);
   float lse[kPer], its_delta[kPer], scale[kPer];
 #pragma unroll
   for (int r = 0; r < kPer; ++r) {
     const int query = q0 + ty + 16 * r;
     const int64_t at = (b * p.H + h) * p.S_q + query;
-    lse[r] = query < s_q ? load_global(f.lse + at) : kInfinity;
-    its_delta[r] = query < s_q ? load_global(delta + at) : 0.f;
+    lse[r] = query < n.s_q ? load_global(f.lse + at) : kInfinity;
+    its_delta[r] = query < n.s_q ? load_global(delta + at) : 0.f;
     scale[r] = p.scale;
   }
   typename Tile::Sums dq = {};
   for (int j0 = range.begin / kRows * kRows; j0 < range.end; j0 += kRows) {
     __syncthreads();
-    Tile::copy(k_tile, head_rows<float>(p.k, b, kv_head, j0), p.k.row_stride, s_k - j0, d);
-    Tile::copy(v_tile, head_rows<float>(p.v, b, kv_head, j0), p.v.row_stride, s_k - j0, dv);
+    Tile::copy(k_tile, p.k, b, kv_head, j0, n.s_k, n.d);
+    Tile::copy(v_tile, p.v, b, kv_head, j0, n.s_k, n.dv);
     __syncthreads();
     typename Tile::Scores s, dp;
-    Tile::multiply_rows(s, q_tile, k_tile, d);
-    Tile::multiply_rows(dp, do_tile, v_tile, dv);
+    Tile::multiply_rows(s, q_tile, k_tile, n.d);
+    Tile::multiply_rows(dp, do_tile, v_tile, n.dv);
 #pragma unroll
     for (int r = 0; r < kPer; ++r) {
 #pragma unroll
@@ -318,10 +308,10 @@ __global__ void __launch_bounds__(kFloatThreads, 1)
     }
     Tile::keep(dp, weights);
     __syncthreads();
-    Tile::multiply_weights(dq, weights, k_tile, d);
+    Tile::multiply_weights(dq, weights, k_tile, n.d);
   }
   Tile::write(dq, scale, static_cast<float*>(f.dq) + ((b * p.H + h) * p.S_q + q0) * p.D, p.D,
-              s_q - q0, d);
+              n.s_q - q0, n.d);
 }
 
 }  // namespace fastnn::cuda

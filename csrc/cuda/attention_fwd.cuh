@@ -24,35 +24,19 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
 
   int block = static_cast<int>(blockIdx.x);
   const auto [b, h, kv_head, q0] = query_block(p, block, kQ);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int d = kGeneral ? static_cast<int>(p.D) : kFeatures;
-  const int dv = kGeneral ? static_cast<int>(p.D_v) : kFeatures;
-  const int d_steps = kGeneral ? (d + 15) / 16 : kD, dv_steps = kGeneral ? (dv + 15) / 16 : kD;
-  const bool q_aligned = !kGeneral || rows_aligned<T>(p.q);
-  const bool k_aligned = !kGeneral || rows_aligned<T>(p.k);
-  const bool v_aligned = !kGeneral || rows_aligned<T>(p.v);
-  const int s_q = static_cast<int>(p.S_q), s_k = static_cast<int>(p.S_k);
-  const Positions range = visible_keys(p, q0, q0 + kQ < s_q ? q0 + kQ - 1 : s_q - 1);
+  int thread = static_cast<int>(threadIdx.x);
+  const Sizes<kFeatures, kGeneral> n(p);
+  const Positions range = keys_of_tile(p, q0, kQ);
   const int begin = range.begin / kK * kK;
-
-  const T* k_rows = head_rows<T>(p.k, b, kv_head, begin);
-  const T* v_rows = head_rows<T>(p.v, b, kv_head, begin);
-  auto copy_keys = [&](int buffer, int j0) {
+  auto copy_keys = [&, b = b, kv_head = kv_head](int buffer, int j0) {
     const Shared to = kv_tiles + buffer * 2 * kTileBytes;
-    Tile::template copy<kK, !kGeneral>(to, k_rows, p.k.row_stride, s_k - j0, d, k_aligned);
-    Tile::template copy<kK, !kGeneral>(to + kTileBytes, v_rows, p.v.row_stride, s_k - j0, dv,
-                                       v_aligned);
-    k_rows += kK * p.k.row_stride;
-    v_rows += kK * p.v.row_stride;
+    copy_rows<T, kFeatures, kK, !kGeneral>(to, p.k, b, kv_head, j0, n.s_k, n.d);
+    copy_rows<T, kFeatures, kK, !kGeneral>(to + kTileBytes, p.v, b, kv_head, j0, n.s_k, n.dv);
   };
-  Tile::template copy<kQ, !kGeneral>(q_tile, head_rows<T>(p.q, b, h, q0), p.q.row_stride, s_q - q0,
-                                     d, q_aligned);
+  copy_rows<T, kFeatures, kQ, !kGeneral>(q_tile, p.q, b, h, q0, n.s_q, n.d);
   if (begin < range.end) copy_keys(0, begin);
   cp_async_commit();
 
-  const int lane_a = Tile::lane_a(), lane_b = Tile::lane_b();
-  const Shared q_rows = q_tile + warp * kM * Tile::kSixteenRows;
-  const int row0 = q0 + warp * 16 * kM + lane / 4;  // the lane's first row; others 8 apart
   const float factor = kGeneral ? 1.f : p.scale * kLog2E;
   float o[kM][2 * kD][4] = {}, top[kM][2], total[kM][2] = {};
 #pragma unroll
@@ -67,21 +51,26 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
       cp_async_commit();
     }
     const Shared k_tile = kv_tiles + buffer * 2 * kTileBytes, v_tile = k_tile + kTileBytes;
+    renew(thread);  // its places are computed again rather than kept in registers
+    const int warp = thread >> 5, lane = thread & 31;
+    const int row0 = q0 + warp * 16 * kM + lane / 4;  // the lane's first row; others 8 apart
+    const int lane_b = Tile::lane_b(thread);
+    const int lane_q = Tile::lane_a(thread) + warp * kM * Tile::kSixteenRows;
     float s[kM][2 * kN][4] = {};
 #pragma unroll
     for (int k = 0; k < kD; ++k) {
-      if (kGeneral && k >= d_steps) break;
+      if (kGeneral && k >= n.d_steps) break;
       uint32_t fq[kM][4];
 #pragma unroll
-      for (int i = 0; i < kM; ++i) ldmatrix(fq[i], q_rows + Tile::at(lane_a, i, k));
+      for (int i = 0; i < kM; ++i) ldmatrix(fq[i], q_tile + Tile::at(lane_q, i, k));
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
+      for (int j = 0; j < kN; ++j) {
         uint32_t fk[4];
-        ldmatrix(fk, k_tile + Tile::at(lane_b, n, k));
+        ldmatrix(fk, k_tile + Tile::at(lane_b, j, k));
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-          mma_16816<T>(s[i][2 * n], fq[i], fk[0], fk[1]);
-          mma_16816<T>(s[i][2 * n + 1], fq[i], fk[2], fk[3]);
+          mma_16816<T>(s[i][2 * j], fq[i], fk[0], fk[1]);
+          mma_16816<T>(s[i][2 * j + 1], fq[i], fk[2], fk[3]);
         }
       }
     }
@@ -94,10 +83,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
           const int key = j0 + e / 4 * 8 + lane % 4 * 2 + e % 2;
           float slope;
           s[i][e / 4][e % 4] =
-              kLog2E * finish_score(p, s[i][e / 4][e % 4],
-                                    b * p.mask_strides[0] + h * p.mask_strides[1] +
-                                        row * p.mask_strides[2] + key * p.mask_strides[3],
-                                    row < s_q && key < s_k, slope);
+              kLog2E * finish_score(p, s[i][e / 4][e % 4], mask_offset(p, b, h, row, key),
+                                    row < n.s_q && key < n.s_k, slope);
         }
       }
     }
@@ -108,8 +95,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
       for (int r = 0; r < 2; ++r) {
         float most = top[i][r];
 #pragma unroll
-        for (int n = 0; n < 2 * kN; ++n)
-          most = fmaxf(most, fmaxf(s[i][n][2 * r], s[i][n][2 * r + 1]) * factor);
+        for (int j = 0; j < 2 * kN; ++j)
+          most = fmaxf(most, fmaxf(s[i][j][2 * r], s[i][j][2 * r + 1]) * factor);
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
         // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out.
@@ -117,19 +104,19 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
         const float correction = fast_exp2(top[i][r] - base);
         float sum = total[i][r] * correction;
 #pragma unroll
-        for (int n = 0; n < 2 * kN; ++n) {
+        for (int j = 0; j < 2 * kN; ++j) {
 #pragma unroll
           for (int e = 2 * r; e < 2 * r + 2; ++e) {
-            s[i][n][e] = fast_exp2(fmaf(s[i][n][e], factor, -base));
-            sum += s[i][n][e];
+            s[i][j][e] = fast_exp2(fmaf(s[i][j][e], factor, -base));
+            sum += s[i][j][e];
           }
         }
         top[i][r] = most;
         total[i][r] = sum;
 #pragma unroll
-        for (int n = 0; n < 2 * kD; ++n) {
-          o[i][n][2 * r] *= correction;
-          o[i][n][2 * r + 1] *= correction;
+        for (int j = 0; j < 2 * kD; ++j) {
+          o[i][j][2 * r] *= correction;
+          o[i][j][2 * r + 1] *= correction;
         }
       }
     }
@@ -138,21 +125,23 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
 #pragma unroll
-        for (int n = 0; n < 2 * kN; ++n) {
+        for (int j = 0; j < 2 * kN; ++j) {
           // Even lanes draw for the first row, odd ones for the second: a group of four keys
           // belongs to two neighbouring lanes.
           const int64_t row =
               (static_cast<int64_t>(b) * p.H + h) * p.S_q + row0 + 16 * i + lane % 2 * 8;
-          const uint32_t mine = dropout.kept(row, (j0 + 8 * n) / 4 + lane % 4 / 2);
+          const uint32_t mine = dropout.kept(row, (j0 + 8 * j) / 4 + lane % 4 / 2);
           const uint32_t theirs = __shfl_xor_sync(0xffffffffu, mine, 1);
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const uint32_t bits = e / 2 == lane % 2 ? mine : theirs;
-            s[i][n][e] *= bits >> (lane % 2 * 2 + e % 2) & 1 ? dropout.keep_scale : 0.f;
+            s[i][j][e] *= bits >> (lane % 2 * 2 + e % 2) & 1 ? dropout.keep_scale : 0.f;
           }
         }
       }
     }
+    renew(thread);
+    const int lane_a = Tile::lane_a(thread);
 #pragma unroll
     for (int k = 0; k < kN; ++k) {
       uint32_t fp[kM][4];
@@ -164,14 +153,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
         fp[i][3] = pack_pair<T>(s[i][2 * k + 1][2], s[i][2 * k + 1][3]);
       }
 #pragma unroll
-      for (int n = 0; n < kD; ++n) {
-        if (kGeneral && n >= dv_steps) break;
+      for (int j = 0; j < kD; ++j) {
+        if (kGeneral && j >= n.dv_steps) break;
         uint32_t fv[4];
-        ldmatrix_trans(fv, v_tile + Tile::at(lane_a, k, n));
+        ldmatrix_trans(fv, v_tile + Tile::at(lane_a, k, j));
 #pragma unroll
         for (int i = 0; i < kM; ++i) {
-          mma_16816<T>(o[i][2 * n], fp[i], fv[0], fv[1]);
-          mma_16816<T>(o[i][2 * n + 1], fp[i], fv[2], fv[3]);
+          mma_16816<T>(o[i][2 * j], fp[i], fv[0], fv[1]);
+          mma_16816<T>(o[i][2 * j + 1], fp[i], fv[2], fv[3]);
         }
       }
     }
@@ -180,6 +169,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
   __syncthreads();  // Q is there also where there was no key; the output takes its place
   renew(block);     // the tile's place is computed again rather than kept in registers
   const QueryBlock at = query_block(p, block, kQ);
+  const int warp = thread >> 5, lane = thread & 31;
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
@@ -189,21 +179,21 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       const float inverse = sum == 0.f ? 0.f : 1.f / sum;
       const int row = warp * 16 * kM + 16 * i + 8 * r + lane / 4;
-      if (f.lse != nullptr && lane % 4 == 0 && at.q0 + row < static_cast<int>(p.S_q)) {
+      if (f.lse != nullptr && lane % 4 == 0 && at.q0 + row < n.s_q) {
         store_global(f.lse + (at.b * p.H + at.h) * p.S_q + at.q0 + row,
                      sum == 0.f ? kInfinity : (top[i][r] + log2f(sum)) * kLn2);
       }
 #pragma unroll
-      for (int n = 0; n < 2 * kD; ++n) {
-        *reinterpret_cast<uint32_t*>(memory + Tile::offset(row, n) + lane % 4 * 4) =
-            pack_pair<T>(o[i][n][2 * r] * inverse, o[i][n][2 * r + 1] * inverse);
+      for (int j = 0; j < 2 * kD; ++j) {
+        *reinterpret_cast<uint32_t*>(memory + Tile::offset(row, j) + lane % 4 * 4) =
+            pack_pair<T>(o[i][j][2 * r] * inverse, o[i][j][2 * r + 1] * inverse);
       }
     }
   }
   __syncwarp();
-  write_rows<T, kFeatures, 16 * kM>(memory, warp * 16 * kM, static_cast<int>(p.S_q) - at.q0, dv,
-                                    static_cast<T*>(f.out) + b * f.out_batch_stride +
-                                        h * f.out_head_stride + at.q0 * f.out_row_stride,
+  write_rows<T, kFeatures, 16 * kM>(memory, warp * 16 * kM, n.s_q - at.q0, n.dv,
+                                    static_cast<T*>(f.out) + at.b * f.out_batch_stride +
+                                        at.h * f.out_head_stride + at.q0 * f.out_row_stride,
                                     f.out_row_stride);
 }
 

@@ -42,7 +42,9 @@ struct RowTile {
   static __device__ __forceinline__ void copy(Shared to, const T* from, int64_t stride, int rows,
                                               int d, bool aligned) {
     static_assert(kRows % kStep == 0);
-    const int first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    int thread = static_cast<int>(threadIdx.x);
+    renew(thread);  // places are computed again rather than kept in registers from tile to tile
+    const int first = thread / kChunks, chunk = thread & (kChunks - 1);
     const int count = kWhole || d - chunk * 8 >= 8 ? 8 : d - chunk * 8 <= 0 ? 0 : d - chunk * 8;
     from += first * stride + chunk * 8;
     if (kWhole || aligned) {
@@ -65,22 +67,33 @@ struct RowTile {
     }
   }
 
-  // Where a lane reads: fragments of A (rows as they are, features along the depth) and of B where
-  // the rows are the depth and the features lie across; and of B with the features along the depth.
-  static __device__ __forceinline__ int lane_a() {
-    const int lane = threadIdx.x % 32;
-    return offset(lane % 16, lane / 16);
+  // Where a thread reads: fragments of A (rows as they are, features along the depth) and of B
+  // where the rows are the depth and the features lie across; and of B with the features along the
+  // depth.
+  static __device__ __forceinline__ int lane_a(int thread) {
+    return offset(thread & 15, thread >> 4 & 1);
   }
-  static __device__ __forceinline__ int lane_b() {
-    const int lane = threadIdx.x % 32;
-    return offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  static __device__ __forceinline__ int lane_b(int thread) {
+    return offset((thread >> 4 & 1) * 8 + (thread & 7), thread >> 3 & 1);
   }
   static constexpr int kSixteenRows = 16 * kRowBytes;
-  // 16 rows down and 16 features along from there.
+  // 16 rows down and 16 features along from there. Features stay within a row: the rows can be
+  // part of the instruction that reads.
   static __device__ __forceinline__ int at(int lane_offset, int rows16, int features16) {
-    return (lane_offset + rows16 * kSixteenRows) ^ features16 << 5;
+    return (lane_offset ^ features16 << 5) + rows16 * kSixteenRows;
   }
 };
+
+// Copies kRows rows of a head from `row` on, of the `rows` that it has. Where the head begins is
+// computed again for each tile rather than kept in registers.
+template <class T, int kFeatures, int kRows, bool kWhole>
+__device__ __forceinline__ void copy_rows(Shared to, const Heads& x, int b, int h, int row,
+                                          int rows, int d) {
+  renew(b);
+  renew(h);
+  RowTile<T, kFeatures>::template copy<kRows, kWhole>(to, head_rows<T>(x, b, h, row), x.row_stride,
+                                                      rows - row, d, kWhole || rows_aligned<T>(x));
+}
 
 // Writes kRows rows of a tile, of which `rows` from the tile's first on exist and d features, to
 // rows `stride` apart; by one warp, whose rows begin at row0. Of the features only kWidth from
@@ -109,6 +122,20 @@ __device__ __forceinline__ void write_rows(const unsigned char* tile, int row0, 
   }
 }
 
+// The sizes of a call, those of features constants where kGeneral is false. Positions are ints: the
+// launchers take no longer sequences, and give windows that are no limit as -1.
+template <int kFeatures, bool kGeneral>
+struct Sizes {
+  int s_q, s_k, d, dv, d_steps, dv_steps;  // steps: of 16 features
+  __device__ __forceinline__ explicit Sizes(const AttentionParams& p)
+      : s_q(static_cast<int>(p.S_q)),
+        s_k(static_cast<int>(p.S_k)),
+        d(kGeneral ? static_cast<int>(p.D) : kFeatures),
+        dv(kGeneral ? static_cast<int>(p.D_v) : kFeatures),
+        d_steps((d + 15) / 16),
+        dv_steps((dv + 15) / 16) {}
+};
+
 // The tile of queries that a block has: those that see most of a causal head run first.
 struct QueryBlock {
   int b, h, kv_head, q0;
@@ -122,8 +149,17 @@ __device__ __forceinline__ QueryBlock query_block(const AttentionParams& p, int 
           (tiles - 1 - block % tiles) * queries};
 }
 
-// Positions are ints: the launchers take no longer sequences, and give windows that are no limit as
-// -1.
+// The tile of keys that a block has; `group` queries' heads share them.
+struct KeyBlock {
+  int b, kv_head, group, k0;
+};
+__device__ __forceinline__ KeyBlock key_block(const AttentionParams& p, int block, int keys) {
+  const int tiles = (static_cast<int>(p.S_k) + keys - 1) / keys, item = block / tiles,
+            heads = static_cast<int>(p.H_kv);
+  return {item / heads, item % heads, static_cast<int>(p.H) / heads, block % tiles * keys};
+}
+
+// From begin on, before end.
 struct Positions {
   int begin, end;
 };
@@ -144,6 +180,15 @@ __device__ __forceinline__ Positions seeing_queries(const AttentionParams& p, in
   if (left >= 0 && last + left + 1 < r.end) r.end = last + left + 1;
   if (r.end < r.begin) r.end = r.begin;
   return r;
+}
+// Of a tile of so many queries, or of keys, of which the last may not be there.
+__device__ __forceinline__ Positions keys_of_tile(const AttentionParams& p, int q0, int queries) {
+  const int end = static_cast<int>(p.S_q);
+  return visible_keys(p, q0, (q0 + queries < end ? q0 + queries : end) - 1);
+}
+__device__ __forceinline__ Positions queries_of_tile(const AttentionParams& p, int k0, int keys) {
+  const int end = static_cast<int>(p.S_k);
+  return seeing_queries(p, k0, (k0 + keys < end ? k0 + keys : end) - 1);
 }
 __device__ __forceinline__ bool is_visible(const AttentionParams& p, int query, int key) {
   const int left = static_cast<int>(p.window_left), right = static_cast<int>(p.window_right);
@@ -180,6 +225,11 @@ __device__ __forceinline__ void hide(const AttentionParams& p, float (&s)[kM][2 
   }
 }
 
+__device__ __forceinline__ int64_t mask_offset(const AttentionParams& p, int64_t b, int64_t h,
+                                               int query, int key) {
+  return b * p.mask_strides[0] + h * p.mask_strides[1] + query * p.mask_strides[2] +
+         key * p.mask_strides[3];
+}
 // What the mask adds to a score.
 __device__ __forceinline__ float mask_value(const AttentionParams& p, int64_t at) {
   if (p.mask_kind == MaskKind::kBool)

@@ -82,7 +82,7 @@ FASTNN_DEVICE void write_slopes(const LossRow<T, kKind>& row, const Slope& s, T*
 }
 
 template <class Team, class T, TargetKind kKind>
-__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128)
+__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128, 1)
     cross_entropy_bwd_rows(CudaLossBwdParams b, const float* weight_sum, int parts) {
   constexpr int N = kChunk<T>;
   FASTNN_SHARED(float, spare, Team::kSpare);

@@ -112,14 +112,14 @@ __device__ __forceinline__ int fragment_offset(int w0) {
   return row * Tile::kRowBytes + ((chunk ^ Tile::swizzle(row)) << 4);
 }
 // The fragment of the i-th 16 across at depth k of the step; i and k are constants where it is
-// used.
+// used, and what lies whole rows away is part of the instruction.
 template <class Tile>
 __device__ __forceinline__ void load_fragment(uint32_t (&r)[4], Shared tile, int offset, int i,
                                               int k) {
   if constexpr (Tile::kAcross) {
-    ldmatrix_trans(r, tile + ((offset + k * Tile::kRowBytes) ^ i << 5));
+    ldmatrix_trans(r, tile + (offset ^ i << 5) + k * Tile::kRowBytes);
   } else {
-    ldmatrix(r, tile + ((offset + 16 * i * Tile::kRowBytes) ^ k << 1));
+    ldmatrix(r, tile + (offset ^ k << 1) + 16 * i * Tile::kRowBytes);
   }
 }
 

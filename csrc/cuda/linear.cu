@@ -179,11 +179,10 @@ cudaError_t backward(const LinearBwdParams& p, const Device& d, bool tf32, char*
     float* const sums = p.db != nullptr ? reinterpret_cast<float*>(workspace + b.sums_at) : nullptr;
     T* const dz = b.own_dz ? reinterpret_cast<T*>(workspace) : nullptr;
     const int64_t column_blocks = div_up(p.N, kSlopeColumns);
-    error = launch(slope_kernel<T>, b.chunks * column_blocks, kSlopeThreads, kSlopeThreads * 8 * 4,
-                   stream, p, dz, sums, column_blocks);
+    error = launch(slope_kernel<T>, b.chunks * column_blocks, kSlopeThreads, kSlopeShared, stream,
+                   p, dz, sums, column_blocks);
     if (error == cudaSuccess && p.db != nullptr) {
-      error = launch(sum_partial_kernel<T>, div_up(p.N, 32), 256, 256 * 4, stream,
-                     static_cast<const float*>(sums), b.chunks, p.N, static_cast<T*>(p.db));
+      error = sum_partial(sums, b.chunks, p.N, static_cast<T*>(p.db), stream);
     }
   }
   float* const partial = reinterpret_cast<float*>(workspace + b.partial_at);

@@ -180,7 +180,7 @@ FASTNN_DEVICE Moments moments_again(BlockTeam& team, const Input<T>& row, const 
 }
 
 template <bool kRms, class T, class P>
-__global__ void __launch_bounds__(512) norm_stream(NormParams p) {
+__global__ void __launch_bounds__(512, 1) norm_stream(NormParams p) {
   constexpr int N = kChunk<T>;
   FASTNN_SHARED(float, spare, kReduceSpare);
   BlockTeam team(spare);

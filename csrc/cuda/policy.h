@@ -76,6 +76,16 @@ constexpr RowPlan row_plan(int64_t rows, int64_t columns, int most_values, int m
   return {RowKind::kStream, threads, values, threads, 1, 1, least(kMaxGrid, rows)};
 }
 
+// Elementwise kernels: a thread has one chunk of a row at a time.
+constexpr int kChunkThreads = 256;
+struct ChunkPlan {
+  int64_t chunks, grid;  // of a row; blocks, which loop where there are more chunks
+};
+constexpr ChunkPlan chunk_plan(int64_t rows, int64_t columns, int chunk) {
+  const int64_t chunks = ceil_div(columns, chunk);
+  return {chunks, least(kMaxGrid, ceil_div(rows * chunks, kChunkThreads))};
+}
+
 // Softmax along a dimension that is not the last: `groups` of neighbouring slices, `lanes` of them
 // side by side in a block whose other threads share out the columns.
 struct ColumnPlan {

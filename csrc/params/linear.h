@@ -1,12 +1,11 @@
 // Arguments of linear + activation. Strides in elements.
 #pragma once
-#include "params/common.h"
+#include "params/activation.h"
 
 namespace fastnn {
 
-// The order is that of fastnn.ops.linear.ACTIVATIONS.
-enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh };
-constexpr int32_t kActivationCount = 7;
+// The activations that linear applies: those up to tanh.
+constexpr int32_t kLinearActivationCount = 7;
 
 // Element (i, j) of a matrix lies at data[i * row_stride + j * col_stride].
 struct Matrix {

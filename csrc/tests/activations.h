@@ -1,16 +1,18 @@
 // The activations and their slopes in double.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "params/linear.h"
 
 namespace fastnn::test {
 
-inline constexpr Activation kAllActivations[] = {
+inline constexpr Activation kLinearActivations[] = {
     Activation::kNone, Activation::kRelu,    Activation::kGelu, Activation::kGeluTanh,
     Activation::kSilu, Activation::kSigmoid, Activation::kTanh};
 inline const char* activation_name(Activation a) {
-  const char* const names[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+  const char* const names[] = {"none",    "relu", "gelu",  "gelu_tanh", "silu",
+                               "sigmoid", "tanh", "relu2", "hardswish"};
   return names[static_cast<int>(a)];
 }
 
@@ -33,6 +35,10 @@ inline double activation_of(Activation a, double z) {
       return logistic(z);
     case Activation::kTanh:
       return std::tanh(z);
+    case Activation::kRelu2:
+      return z > 0 ? z * z : 0;
+    case Activation::kHardswish:
+      return z * std::min(std::max(z + 3, 0.0), 6.0) / 6;
   }
   return NAN;
 }
@@ -59,8 +65,18 @@ inline double slope_of(Activation a, double s) {
       return s * (1 - s);
     case Activation::kTanh:
       return 1 - s * s;
+    case Activation::kRelu2:
+      return s > 0 ? 2 * s : 0;
+    case Activation::kHardswish:
+      return s <= -3 ? 0 : s >= 3 ? 1 : s / 3 + 0.5;
   }
   return NAN;
+}
+// From the pre-activation.
+inline double slope_at(Activation a, double z) {
+  if (a == Activation::kSigmoid) return logistic(z) * logistic(-z);
+  if (a == Activation::kTanh) return 4 * logistic(2 * z) * logistic(-2 * z);
+  return slope_of(a, z);
 }
 
 }  // namespace fastnn::test

@@ -61,6 +61,20 @@ TEST(columns_have_room) {
   }
 }
 
+TEST(chunks_cover_rows) {
+  for (const int64_t rows : kRows) {
+    for (const int64_t columns : kColumns) {
+      for (const int chunk : {4, 8}) {
+        const ChunkPlan p = chunk_plan(rows, columns, chunk);
+        CHECK(p.chunks * chunk >= columns && (p.chunks - 1) * chunk < columns, "%lld chunks",
+              static_cast<long long>(p.chunks));
+        CHECK(p.grid >= 1 && (p.grid == kMaxGrid || p.grid * kChunkThreads >= rows * p.chunks),
+              "%lld blocks", static_cast<long long>(p.grid));
+      }
+    }
+  }
+}
+
 TEST(sums_take_each_row_once) {
   for (const int64_t rows :
        {int64_t{0}, int64_t{1}, int64_t{16}, int64_t{17}, int64_t{8192}, int64_t{1} << 33}) {

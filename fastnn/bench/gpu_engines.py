@@ -19,6 +19,7 @@ _LIGER: dict[str, Callable[[Any, Inputs], Tensor]] = {
     "cross_entropy": lambda f, x: f.liger_cross_entropy(x["input"], x["target"]),
     "layernorm": lambda f, x: f.liger_layer_norm(x["input"], x["weight"], x["bias"], _EPS),
     "rmsnorm": lambda f, x: f.liger_rms_norm(x["input"], x["weight"], _EPS, in_place=False),
+    "swiglu": lambda f, x: f.liger_swiglu(x["gate"], x["up"]),
 }
 """Name of a row without its direction -> the call of `liger_kernel.transformers.functional`."""
 
@@ -39,7 +40,7 @@ class Liger(Contender):
     name, packages, install, devices = "liger", ("liger_kernel",), "pip install liger-kernel", ("cuda",)
 
     def why_not(self, case: BenchCase) -> str:
-        """It has softmax, cross-entropy and the norms without a residual."""
+        """It has softmax, cross-entropy, the norms without a residual and SwiGLU of two tensors."""
         if _stem(case) not in _LIGER or case.direction == "bwd":
             return "Liger has no function for it"
         return ""

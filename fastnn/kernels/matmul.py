@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._dispatch import allows_tf32
 from . import tune
 from .activation import activate
 from .config import Product, arch_of, cdiv, matmul_config
@@ -159,7 +160,7 @@ def finish_parts(
 
 def precision_of(x: Tensor) -> str:
     """How float32 operands are multiplied: in full unless torch's own setting allows TF32."""
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.is_cuda and allows_tf32() else "ieee"
 
 
 def _tiles(t: Tensor, rows: int, columns: int) -> tuple[TensorDescriptor | None, bool]:

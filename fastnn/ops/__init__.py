@@ -1,5 +1,6 @@
 """The ops: a public function each, one autograd Function, one plain reference."""
 
+from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
 from .linear import linear
@@ -10,10 +11,20 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "cross_entropy",
+    "geglu",
+    "gelu",
+    "hardswish",
     "layer_norm",
     "linear",
     "log_softmax",
+    "reglu",
+    "relu",
+    "relu2",
     "rms_norm",
     "scaled_dot_product_attention",
+    "sigmoid",
+    "silu",
     "softmax",
+    "swiglu",
+    "tanh",
 ]

@@ -12,23 +12,17 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 from .._record import note_reference
+from . import activation as _activations
 from . import autocast
 from .autocast import cast
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
 
-ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-"""The activations in plain PyTorch. The order is the code in csrc/params/linear.h (`Activation`)."""
+_FUSED = (None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh")
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {name: _activations.ACTIVATIONS[name] for name in _FUSED}
+"""The activations that are fused, in plain PyTorch: the first ones of csrc/params/activation.h (`Activation`)."""
 
-ACTIVATION_CODE: dict[str | None, int] = {name: code for code, name in enumerate(ACTIVATIONS)}
+ACTIVATION_CODE: dict[str | None, int] = {name: _activations.ACTIVATION_CODE[name] for name in _FUSED}
 
 _GRAD_FROM_OUTPUT = ("relu", "sigmoid", "tanh")  # f'(z) is a function of f(z): nothing more is saved
 _GRAD_FROM_INPUT = ("gelu", "gelu_tanh", "silu")  # needs z = x W^T + b, which the forward kernel then writes as well

@@ -2,6 +2,7 @@
 // bindings would call one.
 #include <stdexcept>
 
+#include "cpu/activation.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/dispatch.h"
@@ -28,6 +29,8 @@ void linear_fwd(const LinearParams&) { none(); }
 void linear_bwd(const LinearBwdParams&) { none(); }
 int64_t linear_packed_bytes(int64_t, int64_t, DType) { none(); }
 void linear_pack(const Matrix&, int64_t, int64_t, void*) { none(); }
+void activation_fwd(const ActivationParams&) { none(); }
+void activation_bwd(const ActivationBwdParams&) { none(); }
 void attention_fwd(const AttentionFwdParams&) { none(); }
 void attention_bwd(const AttentionBwdParams&) { none(); }
 

@@ -31,6 +31,7 @@ def cell(*names: str) -> tuple[str, ...]:
 
 SOFTMAX, GEMM = "csrc/cpu/kernels/softmax.h", "csrc/cpu/gemm/gemm.h"
 NORM = "csrc/cpu/kernels/norm.h"
+ACTIVATION = "csrc/cpu/kernels/activation.h"
 PARAMETERS = "csrc/cpu/parameters.h"
 LINEAR, SIMD = "csrc/cpu/linear.cpp", "csrc/cpu/simd/"
 OPS = "fastnn/ops/"
@@ -162,8 +163,8 @@ KERNEL_FAULTS = [
     Fault(
         "relu: NaN becomes 0",
         f"{SIMD}activation.h",
-        "return max(zero(), x);",
-        "return max(x, zero());",
+        "return {max(zero(), x), splat(1.f)};",
+        "return {max(x, zero()), splat(1.f)};",
         cell("linear-fp32-{isa}-nonfinite"),
     ),
     Fault(
@@ -176,8 +177,8 @@ KERNEL_FAULTS = [
     Fault(
         "gelu: the gradient lacks the density term",
         f"{SIMD}activation.h",
-        "return dy * fma(s, density, normal_cdf(s));",
-        "return dy * normal_cdf(s);",
+        "return {x * p, fma(x, exp(x * x * -0.5f) * kInverseSqrtTwoPi, p)};",
+        "return {x * p, p};",
         cell("linear-bf16-{isa}-contiguous"),
     ),
     Fault(
@@ -593,4 +594,78 @@ NORM_FAULTS = [
     ),
 ]
 
-FAULTS = [*KERNEL_FAULTS, *BINDING_FAULTS, *PYTHON_FAULTS, *LOSS_FAULTS, *ATTENTION_FAULTS, *NORM_FAULTS]
+ACTIVATION_FAULTS = [
+    Fault(
+        "activation: the tail is not computed",
+        ACTIVATION,
+        "if (i < end) f(i, (int)(end - i));",
+        "",
+        cell("activation-fp32-{isa}-tail"),
+    ),
+    Fault(
+        "activation: the slope is taken without the bias",
+        ACTIVATION,
+        "const Vec z = load_biased(x, bias, i, count);",
+        "const Vec z = load_some(x + i, count);",
+        cell("activation-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "swiglu: the gradient of up lacks the activation",
+        ACTIVATION,
+        "put_some(stream, d_factor + i, g * a.value, count);",
+        "put_some(stream, d_factor + i, g * z, count);",
+        cell("activation-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "swiglu: the halves of a packed gradient overlap",
+        "csrc/bindings/activation.cpp",
+        "p.d_row_stride = packed ? 2 * p.columns : p.columns;",
+        "p.d_row_stride = p.columns;",
+        ("tests/test_ops_activation.py::test_packed_is_the_pair",),
+    ),
+    Fault(
+        "relu: an infinite gradient times 0",
+        f"{SIMD}activation.h",
+        "return select(x <= zero(), zero(), g);",
+        "return g * select(x <= zero(), zero(), splat(1.f));",
+        cell("activation-fp32-{isa}-nonfinite"),
+    ),
+    Fault(
+        "gelu_tanh: a large cube times 0",
+        f"{SIMD}activation.h",
+        "fma(x * (p * q), slope, p)",
+        "fma(x * slope * p, q, p)",
+        cell("activation-fp32-{isa}-large_magnitude"),
+    ),
+    Fault(
+        "activation: rows apart count as one long row",
+        "csrc/cpu/activation.cpp",
+        "if (p.bias == nullptr && p.x_row_stride == p.columns &&",
+        "if (p.bias == nullptr &&",
+        cell("activation-fp32-{isa}-padded_rows"),
+    ),
+    Fault(
+        "activation: the gradient of the bias loses a chunk of rows",
+        "csrc/cpu/activation.cpp",
+        "chunks = std::max<int64_t>(1, (p.rows + rows - 1) / rows);",
+        "chunks = std::max<int64_t>(1, p.rows / rows);",
+        ("tests/test_ops_sweep.py::test_sweep_everywhere[activation-gelu_bias_wide_many_rows-{isa}]",),
+    ),
+    Fault(
+        "swiglu: up is rounded to gate's type",
+        f"{OPS}activation.py",
+        "common = torch.promote_types(gate.dtype, up.dtype)",
+        "common = gate.dtype",
+        ("tests/test_ops_activation.py::test_gate_and_up_of_two_types",),
+    ),
+]
+
+FAULTS = [
+    *KERNEL_FAULTS,
+    *BINDING_FAULTS,
+    *PYTHON_FAULTS,
+    *LOSS_FAULTS,
+    *ATTENTION_FAULTS,
+    *NORM_FAULTS,
+    *ACTIVATION_FAULTS,
+]
