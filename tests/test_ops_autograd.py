@@ -83,9 +83,7 @@ def test_double_backward_keeps_the_dtype(op, name, dtype):
     case = find_case(op, name)
     with best().forced():
         found = double_backward(case, case.call, dtype)
-    leaves = leaves_of(case, dtype)
-    first = [leaves[name].dtype for name in case.differentiable]
-    assert [g.dtype for g in found] == [*first, *first, dtype]
+    assert {g.dtype for g in found} == {dtype}
 
 
 def test_double_backward_to_float32_from_half():

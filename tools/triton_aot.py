@@ -158,6 +158,7 @@ def _row_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                     x(4096, n), None, x(4096, n), w, x(4096, 2, of=float32), 1, rms, dtype, mask
                 ),
             )
+    yield from _elementwise_cases(x)
     yield "softmax columns", lambda: kernels.softmax.softmax_fwd(x(64, 128, 64), 1, True, None)
     yield "softmax columns", lambda: kernels.softmax.softmax_bwd(x(64, 128, 64), x(64, 128, 64), 1, True, dtype)
     for smoothing, softcap, classes in ((0.0, 0.0, 32000), (0.1, 0.0, 32000), (0.0, 30.0, 1000)):
@@ -173,6 +174,22 @@ def _row_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
                 x(of=dtype), x(4096, c), t, None, x(4096, 2, of=float32), x(2, of=float32), *o
             ),
         )
+
+
+def _elementwise_cases(x: Callable[..., torch.Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every activation alone, and one of them in the other forms."""
+    fwd, bwd = kernels.elementwise.activation_fwd, kernels.elementwise.activation_bwd
+    t, b = x(4096, 1024), x(1024)
+    for code in range(1, 9):
+        yield f"activation {code}", lambda code=code: fwd(t, None, None, code, False)
+        yield f"activation {code}", lambda code=code: bwd(t, t, None, None, code, False, [True, False, False])
+    for name, operands, mask in (
+        ("bias", (t, None, b, 4, False), [True, False, True]),
+        ("product", (t, t, None, 4, False), [True, True, False]),
+        ("packed", (x(4096, 2048), None, None, 4, True), [True, False, False]),
+    ):
+        yield f"activation {name}", lambda o=operands: fwd(*o)
+        yield f"activation {name}", lambda o=operands, m=mask: bwd(t, *o, m)
 
 
 def _matrix_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -4,7 +4,7 @@ Imported by the first call that may run on Triton (`fastnn._dispatch`), not by `
 the operators; a kernel is compiled when it is first launched.
 """
 
-from . import attention, cross_entropy, linear, norm, softmax
+from . import attention, cross_entropy, elementwise, linear, norm, softmax
 from .library import INTERPRETED
 
-__all__ = ["INTERPRETED", "attention", "cross_entropy", "linear", "norm", "softmax"]
+__all__ = ["INTERPRETED", "attention", "cross_entropy", "elementwise", "linear", "norm", "softmax"]

@@ -1,9 +1,9 @@
-"""The scalar functions of the kernels, float32. The activations are numbered as in csrc/params/linear.h."""
+"""The scalar functions of the kernels, float32. The activations are numbered as in csrc/params/activation.h."""
 
 import triton
 import triton.language as tl
 
-RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH = (tl.constexpr(code) for code in range(1, 7))
+RELU, GELU, GELU_TANH, SILU, SIGMOID, TANH, RELU2, HARDSWISH = (tl.constexpr(code) for code in range(1, 9))
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 GELU_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
@@ -41,12 +41,18 @@ def activate(z, ACTIVATION: tl.constexpr):
         z = sigmoid(z)
     elif ACTIVATION == TANH:
         z = tanh(z)
+    elif ACTIVATION == RELU2:
+        z = tl.where(z <= 0.0, 0.0, z * z)
+    elif ACTIVATION == HARDSWISH:
+        gate = z + 3.0
+        gate = tl.where(gate <= 0.0, 0.0, tl.where(gate >= 6.0, 6.0, gate))
+        z = z * (gate * 0.16666667)
     return z
 
 
 @triton.jit
 def slope(s, ACTIVATION: tl.constexpr):
-    """f'(z) from s = f(z) for relu, sigmoid and tanh, from s = z for the others."""
+    """f'(z) from s = f(z) for relu, sigmoid and tanh, from s = z for the others; where f is not cut off."""
     if ACTIVATION == RELU:
         f = tl.where(s <= 0.0, 0.0, 1.0)
     elif ACTIVATION == GELU:
@@ -58,8 +64,30 @@ def slope(s, ACTIVATION: tl.constexpr):
     elif ACTIVATION == SILU:
         p = sigmoid(s)
         f = p + s * p * sigmoid(-s)
+    elif ACTIVATION == RELU2:
+        f = 2.0 * s
+    elif ACTIVATION == HARDSWISH:
+        f = tl.where(s >= 3.0, 1.0, s * 0.33333333 + 0.5)
     elif ACTIVATION == SIGMOID:
         f = s * (1.0 - s)
     else:
         f = 1.0 - s * s
     return f
+
+
+@triton.jit
+def through(g, z, ACTIVATION: tl.constexpr):
+    """g f'(z), all from z. Where an activation is cut off nothing comes through, infinities neither."""
+    if ACTIVATION == SIGMOID:
+        g = g * (sigmoid(z) * sigmoid(-z))
+    elif ACTIVATION == TANH:
+        g = g * (sigmoid(2.0 * z) * sigmoid(-2.0 * z) * 4.0)
+    elif ACTIVATION == RELU:
+        g = tl.where(z <= 0.0, 0.0, g)
+    elif ACTIVATION == RELU2:
+        g = tl.where(z <= 0.0, 0.0, g * slope(z, ACTIVATION))
+    elif ACTIVATION == HARDSWISH:
+        g = tl.where(z <= -3.0, 0.0, g * slope(z, ACTIVATION))
+    else:
+        g = g * slope(z, ACTIVATION)
+    return g

@@ -91,6 +91,19 @@ def rows_config(columns: int, rows: int, arch: Arch, largest: int = 16384, step:
     return Rows(together, block, True, min(max(together * block // 512, 4), most))
 
 
+@functools.cache
+def elementwise_config(columns: int, rows: int, arch: Arch) -> Rows:
+    """Tile of a kernel that treats every element alone.
+
+    16 elements a thread are four loads of 16 bytes in float32, two in half precision, for each operand: enough in
+    flight. Short rows are taken several at a time.
+    """
+    tile = 16384 if arch.name == "interpreted" else 2048
+    block = min(power_of_2(columns, 16), tile)
+    together = min(tile // block, power_of_2(rows))
+    return Rows(together, block, block >= columns, max(min(together * block // 512, 4), 1))
+
+
 class Columns(NamedTuple):
     """A program's tile of a kernel that reduces along columns, and into how many parts the rows are cut."""
 

@@ -167,7 +167,7 @@ def _activation(name: str, activation: str, input: Tensor, bias: Tensor | None) 
     backend = _dispatch.pick("activation", input)
     if backend == "reference":
         note_reference("activation_fwd")
-        return activation_reference(input, bias, activation)
+        return activation_reference(input, bias, activation).contiguous()
     return _run(input, None, bias, activation, False, backend)
 
 
@@ -193,7 +193,7 @@ def _glu(name: str, activation: str, gate: Tensor, up: Tensor | None) -> Tensor:
     backend = _dispatch.pick("activation", gate)
     if backend == "reference":
         note_reference("activation_fwd")
-        return glu_reference(gate, up, activation)
+        return glu_reference(gate, up, activation).contiguous()
     return _run(gate, up, None, activation, up is None, backend)
 
 

@@ -14,6 +14,7 @@ from fastnn.testing.targets import GPU_BACKENDS, Target
 LANES = [Target(backend, device="cuda") for backend in GPU_BACKENDS]
 
 STAND_FOR = {
+    "activation": ("gelu_plain_rows", "silu_float32_bias_rows", "gelu_tanh_pair_rows", "silu_packed_rows"),
     "attention": ("causal", "grouped", "blocked_full", "dropout", "everything", "few"),
     "cross_entropy": ("mean", "everything_mean", "probabilities_mean", "none"),
     "linear": ("None_bias", "gelu_tanh_bias", "relu_bias", "9x49x35"),

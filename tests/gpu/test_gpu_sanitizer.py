@@ -41,6 +41,7 @@ print("ran", count)
 """
 
 CASES = {
+    "activation": "gelu_bias_unaligned,silu_pair_rows_apart,gelu_tanh_packed_one_long_row,hardswish_plain_length_33",
     "attention": "everything,unaligned,49x97x17,few_everything",
     "cross_entropy": "everything_mean,unaligned,classes_65,one_long_row",
     "linear": "gelu_tanh_bias,all_unaligned,9x49x35",

@@ -81,6 +81,7 @@ def test_compiled_by_inductor(lane, fresh_compiler):
 
 
 AUTOCAST = {
+    "activation": (lambda x, w, n: fastnn.gelu(x, bias=n), lambda x, w, n: F.gelu(x + n)),
     "linear": (
         lambda x, w, n: fastnn.linear(x, w, activation="gelu"),
         lambda x, w, n: F.gelu(F.linear(x, w)),
