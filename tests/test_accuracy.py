@@ -73,7 +73,7 @@ def test_every_number_is_there_and_within_the_policy(main, page):
                 assert row[0] in absent.get(column, "").split(", "), f"{row[:3]} has no number on {column}"
             else:
                 assert float(cell) >= 0
-        assert 0 < float(row[-2]) <= 1, row
+        assert 0 <= float(row[-2]) <= 1, row
         most, pair = row[-1].split(": ")
         assert float(most) >= 0 and set(pair.split(" and ")) <= set(IMPLEMENTATIONS)
 
@@ -98,8 +98,10 @@ def test_the_cases_have_every_result():
 def test_differences_are_counted_in_eps_of_the_largest_value():
     truth = torch.tensor([4.0, 0.0, float("inf")], dtype=torch.float64)
     off = torch.tensor([4.0, 2 * 4 * torch.finfo(torch.bfloat16).eps, 1.0]).bfloat16()
-    assert accuracy.difference(off, truth, truth) == 2
-    assert accuracy.difference(off, off, truth) == 0
+    assert accuracy.difference(off, truth, truth, "bf16") == 2
+    assert accuracy.difference(off.float(), truth, truth, "bf16") == 2
+    assert accuracy.difference(off, off, truth, "bf16") == 0
+    assert not accuracy._is_lost(off, truth, "bf16") and accuracy._is_lost(off, truth / 10, "bf16")
     assert [accuracy.number(value) for value in (0.0, 0.04567, 0.5, 3.14159, 31.4, 314.159, 9.99)] == [
         *("0", "0.046", "0.50", "3.1", "31", "314", "10.0")
     ]
