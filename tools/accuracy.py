@@ -36,8 +36,8 @@ from fastnn.testing import Case, Target
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = ("contiguous", "tail")
-"""Of the cases: every option of an op, outliers, sizes that no tile divides. Not `large_magnitude`, whose values cancel:
-everybody is then as wrong as the rounded inputs, and the largest error says only that."""
+"""Of the cases: every option of an op, outliers, sizes that no tile divides. Not `large_magnitude`, whose values
+cancel: everybody is then as wrong as the rounded inputs, and the largest error says only that."""
 
 LOST = 0.25
 """A result of which torch's error is a larger part of the largest true value than this has no digits to compare."""
@@ -191,6 +191,11 @@ def run_all(names: list[str], ops: list[str], jobs: int) -> dict[str, Found]:
     return found
 
 
+def eps(dtype: str) -> float:
+    """The distance from 1 to the next number."""
+    return torch.finfo(testing.DTYPES[dtype]).eps
+
+
 def difference(a: Tensor, b: Tensor, truth: Tensor, dtype: str) -> float:
     """max|a - b| over the finite elements, in units of eps times max|truth|; eps is that of the tested type.
 
@@ -201,13 +206,11 @@ def difference(a: Tensor, b: Tensor, truth: Tensor, dtype: str) -> float:
     scale = torch.where(finite, truth.abs(), 0.0).max().item() if finite.any() else 0.0
     if scale == 0.0:
         return 0.0
-    return torch.where(finite, (wide - other).abs(), 0.0).max().item() / (
-        scale * torch.finfo(testing.DTYPES[dtype]).eps
-    )
+    return torch.where(finite, (wide - other).abs(), 0.0).max().item() / (scale * eps(dtype))
 
 
 def _is_lost(torchs: Tensor, truth: Tensor, dtype: str) -> bool:
-    return difference(torchs, truth, truth, dtype) * torch.finfo(testing.DTYPES[dtype]).eps > LOST
+    return difference(torchs, truth, truth, dtype) * eps(dtype) > LOST
 
 
 def table(ops: list[str], jobs: int) -> Table:
@@ -231,9 +234,8 @@ def table(ops: list[str], jobs: int) -> Table:
         of = {column: [found[column]["results"][key] for key in keys] for column in having}
         trues = [truth[key] for key in keys]
         for column in having:
-            errors[column] = max(
-                difference(x, true, true, dtype) for (x, _), true in zip(of[column], trues, strict=True)
-            )
+            pairs = zip(of[column], trues, strict=True)
+            errors[column] = max(difference(x, true, true, dtype) for (x, _), true in pairs)
             share = max([share, *(part for _, part in of[column])])
         for a, b in combinations(having, 2):
             pairs = zip(of[a], of[b], trues, strict=True)

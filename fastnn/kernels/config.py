@@ -279,8 +279,10 @@ def attention_config(
         found = Attention(64, 64, 4, 3) if hopper else Attention(64, 64, 8, 2)
     elif wide <= 128:
         found = Attention(32, 64, 4, 3) if hopper else Attention(32, 64, 8, 2)
-    elif arch.name == "sm_90":  # two groups of four warps with 64 keys each, one sum in registers: attention_splits
-        return Attention(16, 128, 8, 1)
+    elif (
+        arch.name == "sm_90"
+    ):  # one sum at a time (attention_splits); beside more than scores only mma.sync's 32 keys fit
+        return Attention(16, 32 if rich else 64, 4, 1)
     else:
         found = Attention(32, 64, 8, 1) if hopper else Attention(32, 32, 8, 1)
     few = 32 if wide <= 128 and not (amd and wide > 64) else 16
