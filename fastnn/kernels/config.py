@@ -279,9 +279,8 @@ def attention_config(
         found = Attention(64, 64, 4, 3) if hopper else Attention(64, 64, 8, 2)
     elif wide <= 128:
         found = Attention(32, 64, 4, 3) if hopper else Attention(32, 64, 8, 2)
-    elif (
-        arch.name == "sm_90"
-    ):  # one sum at a time (attention_splits); beside more than scores only mma.sync's 32 keys fit
+    elif arch.name == "sm_90":
+        # One sum at a time (attention_splits); beside a mask or dropout only mma.sync's 32 keys fit the registers.
         return Attention(16, 32 if rich else 64, 4, 1)
     else:
         found = Attention(32, 64, 8, 1) if hopper else Attention(32, 32, 8, 1)
