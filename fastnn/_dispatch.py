@@ -30,6 +30,7 @@ GPU_PREFERENCE = {
     "softmax": ("triton", "cuda"),
     "cross_entropy": ("triton", "cuda"),
     "norm": ("triton", "cuda"),
+    "activation": ("triton", "cuda"),
     # No compiler runs at the first call of a shape, and a launch takes 10 us where Triton's takes 50 and more.
     "linear": ("cuda", "triton"),
     "attention": ("cuda", "triton"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastnn import testing
+from fastnn.ops.activation import ACTIVATION_CODE
 from fastnn.testing import DTYPES, LAYOUTS, cases
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emu"))
@@ -20,7 +21,7 @@ from emulated_ops import Emulated
 pytestmark = pytest.mark.skipif(shutil.which(emulated.COMPILER) is None, reason="needs a C++ compiler")
 FORWARD = Emulated()
 OTHERS = (Emulated(order="reverse", early=True), Emulated(order="random:7"))
-ROW_OPS = ("softmax", "cross_entropy", "norm")
+ROW_OPS = ("softmax", "cross_entropy", "norm", "activation")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,12 +93,20 @@ def test_rows_move_what_they_must(dtype, columns):
         _, stats, divisors = raw.cross_entropy_fwd(x, target, None, 1, -100, 0.0, 0.0, 0.0)
         moments = raw.norm_fwd(x, None, w, w, 1, 1e-5, False, True)[2]
         one = torch.ones((), dtype=own)
+        both = torch.cat([x, g], -1)
+        silu = ACTIVATION_CODE["silu"]
         calls = {
             "softmax_fwd": (2, lambda: raw.softmax_fwd(x, -1, False, None)),
             "softmax_bwd": (3, lambda: raw.softmax_bwd(g, y, -1, False, own)),
             "norm_fwd": (2, lambda: raw.norm_fwd(x, None, w, w, 1, 1e-5, False, True)),
             "add_norm_fwd": (4, lambda: raw.norm_fwd(x, g, w, w, 1, 1e-5, False, True)),
             "norm_bwd_dx": (3, lambda: raw.norm_bwd(g, None, x, w, moments, 1, False, own, [True, False, False])),
+            "activation_fwd": (2, lambda: raw.activation_fwd(x, None, w, silu, False)),
+            "glu_fwd": (3, lambda: raw.activation_fwd(x, g, None, silu, False)),
+            "packed_glu_fwd": (3, lambda: raw.activation_fwd(both, None, None, silu, True)),
+            "activation_bwd": (3, lambda: raw.activation_bwd(g, x, None, w, silu, False, [True, False, False])),
+            "glu_bwd": (5, lambda: raw.activation_bwd(g, x, x, None, silu, False, [True, True, False])),
+            "packed_glu_bwd": (5, lambda: raw.activation_bwd(g, both, None, None, silu, True, [True, False, False])),
             "cross_entropy_fwd": (1, lambda: raw.cross_entropy_fwd(x, target, None, 1, -100, 0.0, 0.0, 0.0)),
             "cross_entropy_bwd": (
                 2,

@@ -16,7 +16,7 @@ import emulated_ops as emulated
 pytestmark = pytest.mark.skipif(shutil.which(emulated.COMPILER) is None, reason="needs a C++ compiler")
 SANITIZERS = {"plain": (), "address": ("-fsanitize=address",), "thread": ("-fsanitize=thread",)}
 ORDERS = [("forward", "late"), ("reverse", "early"), ("random:5", "late")]
-ROW_KERNELS = [path for path in emulated.KERNELS if path.stem.split("_")[0] in ("softmax", "norm", "cross")]
+ROW_KERNELS = [path for path in emulated.KERNELS if path.stem.split("_")[0] in ("softmax", "norm", "cross", "activation")]
 WORDS = {
     "wrong": "wrong",
     "race": "ThreadSanitizer: data race",

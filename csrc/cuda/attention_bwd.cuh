@@ -256,10 +256,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const Sizes<kFeatures, kGeneral> n(p);
   const Positions range = keys_of_tile(p, q0, kQ);
   const int begin = range.begin / kK * kK;
-  auto copy_keys = [&, b = b, kv_head = kv_head](int buffer, int j0) {
+  FASTNN_SHARED(const T*, heads, 2);  // as in forward
+  if (threadIdx.x == 0) {
+    heads[0] = head_rows<T>(p.k, b, kv_head, 0);
+    heads[1] = head_rows<T>(p.v, b, kv_head, 0);
+  }
+  __syncthreads();
+  auto copy_keys = [&](int buffer, int j0) {
     const Shared to = keys + buffer * 2 * kKeyBytes;
-    copy_rows<T, kFeatures, kK, !kGeneral>(to, p.k, b, kv_head, j0, n.s_k, n.d);
-    copy_rows<T, kFeatures, kK, !kGeneral>(to + kKeyBytes, p.v, b, kv_head, j0, n.s_k, n.dv);
+    copy_rows<T, kFeatures, kK, !kGeneral>(to, p.k, heads[0], j0, n.s_k, n.d);
+    copy_rows<T, kFeatures, kK, !kGeneral>(to + kKeyBytes, p.v, heads[1], j0, n.s_k, n.dv);
   };
   copy_rows<T, kFeatures, kQ, !kGeneral>(q_tile, p.q, b, h, q0, n.s_q, n.d);
   copy_rows<T, kFeatures, kQ, !kGeneral>(do_tile, f.d_out, b, h, q0, n.s_q, n.dv);

@@ -28,10 +28,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
   const Sizes<kFeatures, kGeneral> n(p);
   const Positions range = keys_of_tile(p, q0, kQ);
   const int begin = range.begin / kK * kK;
-  auto copy_keys = [&, b = b, kv_head = kv_head](int buffer, int j0) {
+  // Where the head's keys and values begin: read for each tile rather than kept in registers.
+  FASTNN_SHARED(const T*, heads, 2);
+  if (threadIdx.x == 0) {
+    heads[0] = head_rows<T>(p.k, b, kv_head, 0);
+    heads[1] = head_rows<T>(p.v, b, kv_head, 0);
+  }
+  __syncthreads();
+  auto copy_keys = [&](int buffer, int j0) {
     const Shared to = kv_tiles + buffer * 2 * kTileBytes;
-    copy_rows<T, kFeatures, kK, !kGeneral>(to, p.k, b, kv_head, j0, n.s_k, n.d);
-    copy_rows<T, kFeatures, kK, !kGeneral>(to + kTileBytes, p.v, b, kv_head, j0, n.s_k, n.dv);
+    copy_rows<T, kFeatures, kK, !kGeneral>(to, p.k, heads[0], j0, n.s_k, n.d);
+    copy_rows<T, kFeatures, kK, !kGeneral>(to + kTileBytes, p.v, heads[1], j0, n.s_k, n.dv);
   };
   copy_rows<T, kFeatures, kQ, !kGeneral>(q_tile, p.q, b, h, q0, n.s_q, n.d);
   if (begin < range.end) copy_keys(0, begin);
@@ -141,6 +148,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
       }
     }
     renew(thread);
+    // Never: a branch, across which the sums above and the products below do not mix, for both of
+    // which there are no registers.
+    if (thread < 0) break;
     const int lane_a = Tile::lane_a(thread);
 #pragma unroll
     for (int k = 0; k < kN; ++k) {

@@ -84,15 +84,17 @@ struct RowTile {
   }
 };
 
-// Copies kRows rows of a head from `row` on, of the `rows` that it has. Where the head begins is
-// computed again for each tile rather than kept in registers.
+// Copies kRows rows of a head from `row` on, of the `rows` that it has; `head`: its first row.
+template <class T, int kFeatures, int kRows, bool kWhole>
+__device__ __forceinline__ void copy_rows(Shared to, const Heads& x, const T* head, int row,
+                                          int rows, int d) {
+  RowTile<T, kFeatures>::template copy<kRows, kWhole>(to, head + row * x.row_stride, x.row_stride,
+                                                      rows - row, d, kWhole || rows_aligned<T>(x));
+}
 template <class T, int kFeatures, int kRows, bool kWhole>
 __device__ __forceinline__ void copy_rows(Shared to, const Heads& x, int b, int h, int row,
                                           int rows, int d) {
-  renew(b);
-  renew(h);
-  RowTile<T, kFeatures>::template copy<kRows, kWhole>(to, head_rows<T>(x, b, h, row), x.row_stride,
-                                                      rows - row, d, kWhole || rows_aligned<T>(x));
+  copy_rows<T, kFeatures, kRows, kWhole>(to, x, head_rows<T>(x, b, h, 0), row, rows, d);
 }
 
 // Writes kRows rows of a tile, of which `rows` from the tile's first on exist and d features, to

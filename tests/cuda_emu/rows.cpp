@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/activation.h"
 #include "cuda/common.cuh"
 #include "cuda/cross_entropy.h"
 #include "cuda/norm.h"
@@ -116,6 +117,46 @@ void norm(int64_t rows, int64_t n, bool rms) {
   }
 }
 
+// silu of a sum with a bias, or times a factor.
+void activation(int64_t rows, int64_t n, bool product) {
+  const Buffer x = values(rows * n, 9), other = values(product ? rows * n : n, 10),
+               dy = values(rows * n, 11);
+  Buffer y = buffer(rows * n), dx = buffer(rows * n), d_other = buffer(product ? rows * n : n);
+  ActivationParams p = {};
+  p.rows = rows;
+  p.columns = p.x_row_stride = p.factor_row_stride = n;
+  p.x = x.get();
+  (product ? p.factor : p.bias) = other.get();
+  p.y = y.get();
+  p.activation = Activation::kSilu;
+  fastnn_cuda_activation_fwd(&p, nullptr, nullptr);
+  ActivationBwdParams b = {};
+  b.rows = rows;
+  b.columns = b.dy_row_stride = b.x_row_stride = b.factor_row_stride = b.d_row_stride = n;
+  b.dy = dy.get();
+  b.x = x.get();
+  b.factor = p.factor;
+  b.bias = p.bias;
+  b.dx = dx.get();
+  (product ? b.d_factor : b.db) = d_other.get();
+  b.activation = Activation::kSilu;
+  const Buffer memory = workspace(fastnn_cuda_activation_bwd_workspace(&b));
+  fastnn_cuda_activation_bwd(&b, memory.get(), nullptr);
+  std::vector<double> sums(static_cast<size_t>(n));
+  for (int64_t i = 0; i < rows * n; ++i) {
+    const double z = double{x[i]} + (product ? 0.0 : other[i % n]);
+    const double sigmoid = 1.0 / (1.0 + std::exp(-z)), f = product ? other[i] : 1.0;
+    const double slope = dy[i] * f * sigmoid * (1.0 + z * (1.0 - sigmoid));
+    expect("activation", rows, n, y[i], z * sigmoid * f, 4.0);
+    expect("its gradient", rows, n, dx[i], slope, 4.0);
+    if (product) expect("d_factor", rows, n, d_other[i], dy[i] * z * sigmoid, 4.0);
+    sums[i % n] += slope;
+  }
+  for (int64_t i = 0; i < n && !product; ++i) {
+    expect("the bias's", rows, n, d_other[i], sums[i], static_cast<double>(rows));
+  }
+}
+
 void cross_entropy(int64_t rows, int64_t n, float smoothing) {
   const Buffer x = values(rows * n, 8);
   Buffer stats = buffer(rows * 2), divisors = buffer(2), loss = buffer(1), dx = buffer(rows * n);
@@ -174,6 +215,11 @@ int main() {
     cross_entropy(4, 9, smoothing);
     cross_entropy(4, 700, smoothing);
     cross_entropy(1, 16500, smoothing);
+  }
+  for (const bool product : {false, true}) {
+    activation(5, 7, product);
+    activation(70, 300, product);
+    activation(1, 5000, product);
   }
   if (g_wrong == 0) std::printf("right\n");
   return 0;
