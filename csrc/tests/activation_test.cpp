@@ -119,11 +119,15 @@ struct Call {
   }
 };
 
-// Of float32 arithmetic on an activation's value and on its slope.
-double value_bound(double z, double y) {
-  return 0x1p-20 * (std::min(1.0, std::abs(z)) + std::abs(z) / 2 + std::abs(y));
+// Of arithmetic on an activation's value and on its slope: in float32, or rough where the result is
+// rounded to 16 bits.
+double value_bound(DType t, double z, double y) {
+  const double rough = t == DType::kFloat32 ? 0 : 0x1p-12 * std::abs(y);
+  return 0x1p-20 * (std::min(1.0, std::abs(z)) + std::abs(z) / 2 + std::abs(y)) + rough;
 }
-double slope_bound(double slope) { return 0x1p-20 * (1 + std::abs(slope)); }
+double slope_bound(DType t, double slope) {
+  return (t == DType::kFloat32 ? 0x1p-20 : 0x1p-13) * (1 + std::abs(slope));
+}
 
 void check_call(const Where& w, Flush flush = Flush::kEnd, int64_t offset = 0) {
   Call call(w, flush, offset);
@@ -136,17 +140,17 @@ void check_call(const Where& w, Flush flush = Flush::kEnd, int64_t offset = 0) {
       const double z = call.z(w, r, c), f = call.f(w, r, c);
       const double g = call.dy.at(r * w.dy_stride() + c);
       const double y = activation_of(w.activation, z), slope = slope_at(w.activation, z);
-      const double dx = g * f * slope, dx_bound = std::abs(g * f) * slope_bound(slope);
+      const double dx = g * f * slope, dx_bound = std::abs(g * f) * slope_bound(w.dtype, slope);
       const double doubt = std::abs(slope) * std::abs(z) * 0x1p-23;  // of z itself
       const auto stored = [&](double truth) { return storing_bound(truth, w.dtype); };
       check_close(w, "forward", call.y.at(r * w.columns + c), y * f,
-                  std::abs(f) * (value_bound(z, y) + doubt) + stored(y * f), r, c);
+                  std::abs(f) * (value_bound(w.dtype, z, y) + doubt) + stored(y * f), r, c);
       check_close(w, "dx", call.dx.at(r * d_stride + c), dx, dx_bound + stored(dx), r, c);
       if (w.product()) {
         const double got = w.packed() ? call.dx.at(r * d_stride + w.columns + c)
                                       : call.d_factor.at(r * w.columns + c);
-        check_close(w, "d_factor", got, g * y, std::abs(g) * value_bound(z, y) + stored(g * y), r,
-                    c);
+        check_close(w, "d_factor", got, g * y,
+                    std::abs(g) * value_bound(w.dtype, z, y) + stored(g * y), r, c);
       }
       sum += dx;
       sum_bound += 4 * dx_bound;
@@ -237,12 +241,12 @@ TEST(special_values) {
         // relu and relu2 hand NaN on, with its gradient, unlike the formulas in double.
         const bool kept = std::isnan(z);
         const double y = kept ? NAN : rounded(activation_of(w.activation, z), w.dtype);
-        check_close(w, "special", call.y.at(c), y, value_bound(z, y) + storing_bound(y, w.dtype), 0,
-                    c);
+        check_close(w, "special", call.y.at(c), y,
+                    value_bound(w.dtype, z, y) + storing_bound(y, w.dtype), 0, c);
         const double slope = rounded(slope_at(w.activation, z), w.dtype);
         if (std::isinf(z) || kept) continue;
         check_close(w, "special slope", call.dx.at(c), slope,
-                    slope_bound(slope) + storing_bound(slope, w.dtype), 0, c);
+                    slope_bound(w.dtype, slope) + storing_bound(slope, w.dtype), 0, c);
       }
     }
   });

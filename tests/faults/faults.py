@@ -177,7 +177,7 @@ KERNEL_FAULTS = [
     Fault(
         "gelu: the gradient lacks the density term",
         f"{SIMD}activation.h",
-        "return {x * p, fma(x, exp(x * x * -0.5f) * kInverseSqrtTwoPi, p)};",
+        "return {x * p, fma(x, normal_density<kRough>(x), p)};",
         "return {x * p, p};",
         cell("linear-bf16-{isa}-contiguous"),
     ),
@@ -597,23 +597,23 @@ NORM_FAULTS = [
 ACTIVATION_FAULTS = [
     Fault(
         "activation: the tail is not computed",
-        ACTIVATION,
-        "if (i < end) f(i, (int)(end - i));",
-        "",
+        f"{SIMD}pair.h",
+        "for (; i < end; i += kLanes) f(i,",
+        "for (; i + kLanes <= end; i += kLanes) f(i,",
         cell("activation-fp32-{isa}-tail"),
     ),
     Fault(
         "activation: the slope is taken without the bias",
         ACTIVATION,
-        "const Vec z = load_biased(x, bias, i, count);",
-        "const Vec z = load_some(x + i, count);",
+        "if constexpr (kBias) z[v] += b[v];",
+        "",
         cell("activation-fp32-{isa}-contiguous"),
     ),
     Fault(
         "swiglu: the gradient of up lacks the activation",
         ACTIVATION,
-        "put_some(stream, d_factor + i, g * a.value, count);",
-        "put_some(stream, d_factor + i, g * z, count);",
+        "g[v] = g[v] * a.value;",
+        "g[v] = g[v] * z[v];",
         cell("activation-bf16-{isa}-contiguous"),
     ),
     Fault(
@@ -650,6 +650,13 @@ ACTIVATION_FAULTS = [
         "chunks = std::max<int64_t>(1, (p.rows + rows - 1) / rows);",
         "chunks = std::max<int64_t>(1, p.rows / rows);",
         ("tests/test_ops_sweep.py::test_sweep_everywhere[activation-gelu_bias_wide_many_rows-{isa}]",),
+    ),
+    Fault(
+        "swiglu: the odd elements of a bfloat16 pair are the even ones",
+        f"{SIMD}pair.h",
+        "v[1] = as_float(both & (int32_t)0xffff0000);",
+        "v[1] = v[0];",
+        cell("activation-bf16-{isa}-contiguous"),
     ),
     Fault(
         "swiglu: up is rounded to gate's type",

@@ -1,112 +1,155 @@
 // Activations of a sum with a bias, and products with an activation (GLU). Memory is what they
-// take, so the loops do nothing twice: whether there is a bias and how results are stored is asked
-// per vector, where the answer is always the same, instead of compiled in.
+// take, so the loops do nothing twice: whether results go past the caches, and which gradients are
+// wanted, is asked per pair of vectors, where the answer is always the same, instead of compiled
+// in.
 #pragma once
-#include "cpu/kernels/rows.h"
 #include "cpu/simd/activation.h"
+#include "cpu/simd/pair.h"
+#include "params/activation.h"
 
 namespace fastnn {
 namespace {
 
-// f(i, count) for every vector of the columns [begin, end).
-template <class F>
-FASTNN_INLINE void each_vector(int64_t begin, int64_t end, F f) {
-  int64_t i = begin;
-  for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-    f(i, kLanes);
-    f(i + kLanes, kLanes);
-  }
-  for (; i + kLanes <= end; i += kLanes) f(i, kLanes);
-  if (i < end) f(i, (int)(end - i));
-}
-
 template <class T>
-FASTNN_INLINE void put_some(bool stream, T* p, Vec v, int count) {
+constexpr bool kRoughFor = sizeof(T) == 2;
+
+template <class Part, class T, int V>
+FASTNN_INLINE void put_part(Part part, bool stream, T* p, const Vec (&v)[V]) {
   if (stream) {
-    put_some<true>(p, v, count);
+    part.template put<true>(p, v);
   } else {
-    put_some<false>(p, v, count);
+    part.template put<false>(p, v);
   }
 }
 
 template <class T>
-FASTNN_INLINE Vec load_biased(const T* x, const float* bias, int64_t i, int count) {
-  const Vec v = load_some(x + i, count);
-  return bias == nullptr ? v : v + load_some(bias + i, count);
+FASTNN_INLINE const T* row_of(const void* data, int64_t row, int64_t stride) {
+  return static_cast<const T*>(data) + row * stride;
+}
+template <class T>
+FASTNN_INLINE T* row_or_null(void* data, int64_t row, int64_t stride) {
+  return data == nullptr ? nullptr : static_cast<T*>(data) + row * stride;
+}
+
+template <class T, Activation A, bool kBias>
+void activation_fwd_rows(const ActivationParams& p, const float* bias, const Block& block) {
+  for (int64_t r = block.row_begin; r < block.row_end; ++r) {
+    const T* const x = row_of<T>(p.x, r, p.x_row_stride);
+    T* const y = static_cast<T*>(p.y) + r * p.columns;
+    each_part<kBias>(block.column_begin, block.column_end,
+                     [=, stream = p.stream](int64_t i, auto part) __attribute__((always_inline)) {
+                       Vec z[part.kVectors], b[part.kVectors];
+                       part.get(x + i, z);
+                       if constexpr (kBias) part.get(bias + i, b);
+                       FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+                         z[v] = activate<A, kRoughFor<T>>(kBias ? z[v] + b[v] : z[v]);
+                       }
+                       put_part(part, stream, y + i, z);
+                     });
+  }
 }
 
 template <class T, Activation A>
-void activation_fwd_typed(const ActivationParams& p, const float* bias, const Block& block) {
+void activation_fwd_product(const ActivationParams& p, const Block& block) {
   for (int64_t r = block.row_begin; r < block.row_end; ++r) {
-    const T* const x = static_cast<const T*>(p.x) + r * p.x_row_stride;
-    const T* const factor =
-        p.factor == nullptr ? nullptr : static_cast<const T*>(p.factor) + r * p.factor_row_stride;
+    const T* const x = row_of<T>(p.x, r, p.x_row_stride);
+    const T* const factor = row_of<T>(p.factor, r, p.factor_row_stride);
     T* const y = static_cast<T*>(p.y) + r * p.columns;
-    each_vector(block.column_begin, block.column_end,
-                [=, stream = p.stream](int64_t i, int count) __attribute__((always_inline)) {
-                  Vec v = activate<A>(load_biased(x, bias, i, count));
-                  if (factor) v = v * load_some(factor + i, count);
-                  put_some(stream, y + i, v, count);
-                });
+    each_part<false>(block.column_begin, block.column_end,
+                     [=, stream = p.stream](int64_t i, auto part) __attribute__((always_inline)) {
+                       Vec z[part.kVectors], f[part.kVectors];
+                       part.get(x + i, z);
+                       part.get(factor + i, f);
+                       FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+                         z[v] = activate<A, kRoughFor<T>>(z[v]) * f[v];
+                       }
+                       put_part(part, stream, y + i, z);
+                     });
   }
 }
 
 void activation_fwd(const ActivationParams& p, const float* bias, const Block& block) {
   with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
     with_activation(p.activation, [&](auto tag) {
-      activation_fwd_typed<decltype(type), decltype(tag)::value>(p, bias, block);
+      constexpr Activation kActivation = decltype(tag)::value;
+      if (p.factor != nullptr) {
+        activation_fwd_product<T, kActivation>(p, block);
+      } else if (bias != nullptr) {
+        activation_fwd_rows<T, kActivation, true>(p, bias, block);
+      } else {
+        activation_fwd_rows<T, kActivation, false>(p, bias, block);
+      }
     });
   });
   if (p.stream) stream_fence();
 }
 
-template <class T, Activation A>
-void activation_bwd_typed(const ActivationBwdParams& p, const float* bias, const Block& block,
-                          float* db) {
+template <class T, Activation A, bool kBias>
+void activation_bwd_rows(const ActivationBwdParams& p, const float* bias, const Block& block,
+                         float* db) {
   for (int64_t r = block.row_begin; r < block.row_end; ++r) {
-    const T* const dy = static_cast<const T*>(p.dy) + r * p.dy_row_stride;
-    const T* const x = static_cast<const T*>(p.x) + r * p.x_row_stride;
-    T* const dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + r * p.d_row_stride;
-    each_vector(block.column_begin, block.column_end,
-                [=, stream = p.stream](int64_t i, int count) __attribute__((always_inline)) {
-                  const Vec z = load_biased(x, bias, i, count);
-                  const Vec g = through<A>(load_some(dy + i, count), z, activated<A>(z).slope);
-                  if (db) store_some(db + i, load_some(db + i, count) + g, count);
-                  if (dx) put_some(stream, dx + i, g, count);
-                });
+    const T* const dy = row_of<T>(p.dy, r, p.dy_row_stride);
+    const T* const x = row_of<T>(p.x, r, p.x_row_stride);
+    T* const dx = row_or_null<T>(p.dx, r, p.d_row_stride);
+    each_part<kBias>(block.column_begin, block.column_end,
+                     [=, stream = p.stream](int64_t i, auto part) __attribute__((always_inline)) {
+                       Vec z[part.kVectors], b[part.kVectors], g[part.kVectors];
+                       part.get(x + i, z);
+                       part.get(dy + i, g);
+                       if constexpr (kBias) part.get(bias + i, b);
+                       FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+                         if constexpr (kBias) z[v] += b[v];
+                         g[v] = through<A>(g[v], z[v], activated<A, kRoughFor<T>>(z[v]).slope);
+                       }
+                       if (kBias && db) {
+                         part.get(db + i, b);
+                         FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) b[v] += g[v];
+                         part.template put<false>(db + i, b);
+                       }
+                       if (dx) put_part(part, stream, dx + i, g);
+                     });
   }
 }
 
 template <class T, Activation A>
-void activation_product_bwd_typed(const ActivationBwdParams& p, const Block& block) {
+void activation_bwd_product(const ActivationBwdParams& p, const Block& block) {
   for (int64_t r = block.row_begin; r < block.row_end; ++r) {
-    const T* const dy = static_cast<const T*>(p.dy) + r * p.dy_row_stride;
-    const T* const x = static_cast<const T*>(p.x) + r * p.x_row_stride;
-    const T* const factor = static_cast<const T*>(p.factor) + r * p.factor_row_stride;
-    T* const dx = p.dx == nullptr ? nullptr : static_cast<T*>(p.dx) + r * p.d_row_stride;
-    T* const d_factor =
-        p.d_factor == nullptr ? nullptr : static_cast<T*>(p.d_factor) + r * p.d_row_stride;
-    each_vector(block.column_begin, block.column_end,
-                [=, stream = p.stream](int64_t i, int count) __attribute__((always_inline)) {
-                  const Vec g = load_some(dy + i, count);
-                  const Vec z = load_some(x + i, count), f = load_some(factor + i, count);
-                  const Activated a = activated<A>(z);
-                  if (dx) put_some(stream, dx + i, through<A>(g * f, z, a.slope), count);
-                  if (d_factor) put_some(stream, d_factor + i, g * a.value, count);
-                });
+    const T* const dy = row_of<T>(p.dy, r, p.dy_row_stride);
+    const T* const x = row_of<T>(p.x, r, p.x_row_stride);
+    const T* const factor = row_of<T>(p.factor, r, p.factor_row_stride);
+    T* const dx = row_or_null<T>(p.dx, r, p.d_row_stride);
+    T* const d_factor = row_or_null<T>(p.d_factor, r, p.d_row_stride);
+    each_part<false>(block.column_begin, block.column_end,
+                     [=, stream = p.stream](int64_t i, auto part) __attribute__((always_inline)) {
+                       Vec z[part.kVectors], f[part.kVectors], g[part.kVectors];
+                       part.get(x + i, z);
+                       part.get(factor + i, f);
+                       part.get(dy + i, g);
+                       FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+                         const Activated a = activated<A, kRoughFor<T>>(z[v]);
+                         f[v] = through<A>(g[v] * f[v], z[v], a.slope);
+                         g[v] = g[v] * a.value;
+                       }
+                       if (dx) put_part(part, stream, dx + i, f);
+                       if (d_factor) put_part(part, stream, d_factor + i, g);
+                     });
   }
 }
 
-// db: the block's columns' sums are added to it, where not null.
+// db: the block's columns' sums are added to it, where not null; there is a bias then.
 void activation_bwd(const ActivationBwdParams& p, const float* bias, const Block& block,
                     float* db) {
   with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
     with_activation(p.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
-      if (p.factor == nullptr) {
-        activation_bwd_typed<decltype(type), kActivation>(p, bias, block, db);
+      if (p.factor != nullptr) {
+        activation_bwd_product<T, kActivation>(p, block);
+      } else if (bias != nullptr) {
+        activation_bwd_rows<T, kActivation, true>(p, bias, block, db);
       } else {
-        activation_product_bwd_typed<decltype(type), kActivation>(p, block);
+        activation_bwd_rows<T, kActivation, false>(p, bias, block, db);
       }
     });
   });

@@ -126,6 +126,16 @@ FASTNN_INLINE Vec to_bf16_pairs(Vec even, Vec odd) {
 #endif
 }
 
+// The same on any instruction set, for whole results: NaN stays NaN.
+FASTNN_INLINE UVec rounded_bf16_bits(Vec x) {  // in the upper halves; the lower hold rubbish
+  const UVec bits = (UVec)x;
+  return (UVec)select(x != x, (Vec)(bits | 0x400000u), (Vec)(bits + 0x7fffu + ((bits >> 16) & 1u)));
+}
+FASTNN_INLINE Vec bf16_pairs(Vec even, Vec odd) {
+  if constexpr (kHasBf16Dot) return to_bf16_pairs(even, odd);
+  return (Vec)((rounded_bf16_bits(odd) & 0xffff0000u) | (rounded_bf16_bits(even) >> 16));
+}
+
 // max(a, b) with b returned where either is NaN: put the value whose NaN must survive second.
 FASTNN_INLINE Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -196,6 +206,15 @@ FASTNN_INLINE Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
   const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
   return fma(r, fma(-x, r, splat(1.f)), r);
+#else
+  return 1.f / x;
+#endif
+}
+
+// The same within 2^-14: enough for what is rounded to 16 bits.
+FASTNN_INLINE Vec rough_reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_rcp14_ps((__m512)x);
 #else
   return 1.f / x;
 #endif
