@@ -302,7 +302,7 @@ def document(found: Table) -> str:
         "",
         "Made by `python tools/accuracy.py --write docs/accuracy.md` (`make accuracy`); do not edit. No GPU took part.",
         "",
-        f"{', '.join(versions)}, {platform.machine()}. Cases of the layouts {', '.join(LAYOUTS)}: ",
+        f"{', '.join(versions)}, {platform.machine()}. Cases of the layouts {', '.join(LAYOUTS)}:",
         f"{counts};",
         "the same inputs and the same gradient of the output for every column, to the bit. [testing](testing.md) says",
         "what a case is, [numerics](numerics.md) what may be wrong by how much.",
