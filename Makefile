@@ -5,6 +5,8 @@
 # make aarch64    the C++ core's own tests cross-compiled for 64-bit Arm, run under qemu
 # make test-slow  the tests that take longer than a minute each
 # make test-gpu   every test that needs a GPU, unattended; keeps what came out
+# make test-interpreted  the Triton kernels in Triton's interpreter, every case and planted fault, without a GPU
+# make accuracy   docs/accuracy.md: every implementation against float64 and against each other, without a GPU
 # make audit-gpu  registers, spills, occupancy of the GPU kernels in build/, without a GPU
 # make rows       the performance table: every row against the machine's limit and the best alternative
 # make clean      removes .venv and everything built
@@ -33,7 +35,7 @@ say = @printf '\033[1m==\033[0m %s\n' "$(1)"
 CPP_SOURCES := $(shell find csrc tests/cuda_emu -type f 2>/dev/null | grep -E '\.(cpp|h|inc|cu|cuh)$$' | LC_ALL=C sort)
 BUILD_INPUTS := CMakeLists.txt pyproject.toml tools/build_backend.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: demo test test-slow test-gpu audit-gpu rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
+.PHONY: demo test test-slow test-gpu test-interpreted accuracy audit-gpu rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
 .DELETE_ON_ERROR:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -54,8 +56,15 @@ test-slow: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
 test-gpu: $(STAMPS)/extension $(STAMPS)/extra-test
 	@$(ENV) $(PY) tests/gpu/run.py $(PYTEST_ARGS)
 
+test-interpreted: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/extra-gpu
+	@$(ENV) TRITON_INTERPRET=1 $(PY) -m pytest -n auto --maxprocesses 8 tests/interpreted $(PYTEST_ARGS)
+	@$(ENV) TRITON_INTERPRET=1 $(PY) tests/interpreted/faults.py
+
+accuracy: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/extra-build $(STAMPS)/extra-gpu
+	@$(ENV) $(PY) tools/accuracy.py --write docs/accuracy.md
+
 # What nvcc made of csrc/cuda, and what Triton's compiler makes of fastnn/kernels.
-audit-gpu: $(STAMPS)/extension
+audit-gpu: $(STAMPS)/extension $(STAMPS)/extra-gpu
 	@$(ENV) $(PY) tools/triton_aot.py --out build/triton
 	@$(ENV) $(PY) tools/gpu_audit --write docs/gpu_audit.md $(wildcard fastnn/_C*.so) build/triton
 

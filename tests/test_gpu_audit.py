@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ AUDIT = Path(__file__).resolve().parent.parent / "tools" / "gpu_audit"
 
 @pytest.fixture(scope="module")
 def audit():
-    names = ("sass", "occupancy", "cubins", "rules", "report")
+    names = ("sass", "occupancy", "cubins", "rules", "amd", "report")
     sys.path.insert(0, str(AUDIT))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -125,6 +126,22 @@ def test_rules_name_who_breaks_them(audit, kernel):
 def test_names_are_short(audit, demangled, name, variant):
     assert audit["cubins"].short(demangled)[0] == name
     assert audit["cubins"].short(demangled)[1].startswith(variant[:10])
+
+
+def test_amd_kernels_are_noted(audit, kernel, tmp_path):
+    amd = audit["amd"]
+    good = {"kernel": "attention.attention_dq", "config": "64", "arch": "gfx942", "warps": 4, "registers": 128}
+    good |= {"spills": 0, "shared": 4096, "mfma": True, "wide": True, "half": True}
+    bad = {**good, "spills": 3, "shared": 1 << 17, "mfma": False, "wide": False}
+    for name, one in (("a", good), ("b", bad)):
+        (tmp_path / f"{name}.gfx942.json").write_text(json.dumps(one))
+    (tmp_path / "c.sm_90.json").write_text("{}")
+    found = amd.notes([tmp_path, tmp_path / "libc.so"])
+    assert [note.spills for note in found] == [0, 3]
+    assert [text.split(": ")[1].split(" ")[0] for text in amd.broken_notes(found)] == ["no", "can", "matrix", "a"]
+    page = audit["report"].document([audit["cubins"].Found(kernel, "CUDA", "x", "", 512, 0)], [], found)
+    assert "3 kernels and variants, for sm_90, gfx942" in page
+    assert "| attention.attention_dq | 2 | 256 | 128 | 3 | 4-128 | 1 of 2 | 1 of 2 |" in page
 
 
 def test_the_document_has_kernels_and_bounds(audit, kernel):

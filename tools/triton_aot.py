@@ -11,6 +11,7 @@ keeps the machine code of NVIDIA's targets, each with what tools/gpu_audit needs
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -121,10 +123,19 @@ def launches(arch: config.Arch, only: str) -> list[Launch]:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls that reach every kernel in every configuration, in float32 and bfloat16."""
+    """Calls that reach every kernel in every configuration, in float32, TF32 and bfloat16 (float16 is cut alike)."""
     for dtype in (torch.float32, torch.bfloat16):
         yield from ((f"{name} {TYPES[dtype]}", run) for name, run in _row_cases(dtype))
         yield from ((f"{name} {TYPES[dtype]}", run) for name, run in _matrix_cases(dtype))
+    for name, run in _matrix_cases(torch.float32):
+        if not name.startswith("attention") or name in ("attention 64 ", "attention 256 "):
+            yield f"{name} tf32", functools.partial(_with_tf32, run)
+
+
+def _with_tf32(run: Callable[[], Any]) -> None:
+    allowed = [patch.object(module, "precision_of", lambda x: "tf32") for module in (kernels.matmul, kernels.attention)]
+    with allowed[0], allowed[1]:
+        run()
 
 
 def _row_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -197,20 +208,22 @@ def _matrix_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]
         )
     plain = (0.0, 0.125, 0.0, -1, -1)
     options = {"": plain, "causal": (0.0, 0.125, 0.0, -1, 0), "softcap dropout window": (0.1, 0.1, 9.0, 128, 0)}
+    options["mask"] = plain
     for d in (16, 64, 128, 256):
         for name, o in options.items():
+            mask = x(1024) if name == "mask" else None
             seed = torch.zeros((), dtype=torch.int64)
             lse = torch.empty((2, 8, 1024), dtype=torch.float32, device="meta")
             for length in (1, 1024) if name == "causal" else (1024,):
                 q, k = x(2, 8, length, d), x(2, 8, 1024, d)
                 yield (
                     f"attention {d} {name}",
-                    lambda q=q, k=k, o=o, s=seed: kernels.attention.attention_fwd(q, k, k, None, s, *o),
+                    lambda q=q, k=k, m=mask, o=o, s=seed: kernels.attention.attention_fwd(q, k, k, m, s, *o),
                 )
             q = x(2, 8, 1024, d)
             yield (
                 f"attention {d} {name}",
-                lambda q=q, o=o, s=seed, lse=lse: kernels.attention.attention_bwd(q, q, q, q, None, s, q, lse, *o),
+                lambda q=q, m=mask, o=o, s=seed, lse=lse: kernels.attention.attention_bwd(q, q, q, q, m, s, q, lse, *o),
             )
 
 
@@ -219,19 +232,19 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
 
 
-def keep(binary: Any, launch: Launch, row: Row, folder: Path) -> None:
-    """The machine code and its description, under one name."""
+def keep(binary: Any, launch: Launch, row: Row, half: bool, folder: Path) -> None:
+    """The machine code and its description under one name; of AMD's code what was read from its text."""
     stem = f"{row.kernel}-{hashlib.sha256(str(launch).encode()).hexdigest()[:10]}.{row.arch}"
-    (folder / f"{stem}.cubin").write_bytes(binary.asm["cubin"])
     constants = ", ".join(f"{name}={value}" for name, value in launch.constants)
     module = launch.kernel.__module__.rpartition(".")[2]
-    about = {
-        "kernel": f"{module}.{row.kernel}",
-        "config": f"{row.case}: {constants}",
-        "num_warps": row.warps,
-        "shared": row.shared,
-        "arch": int(row.arch[3:]),
-    }
+    about = {"kernel": f"{module}.{row.kernel}", "config": f"{row.case}: {constants}", "shared": row.shared}
+    if row.arch.startswith("sm_"):
+        (folder / f"{stem}.cubin").write_bytes(binary.asm["cubin"])
+        about |= {"num_warps": row.warps, "arch": int(row.arch[3:])}
+    else:
+        wide = re.search(r"(?:global|buffer)_(?:load|store)_(?:dwordx4|b128)", binary.asm["amdgcn"]) is not None
+        about |= {"warps": row.warps, "arch": row.arch, "registers": row.registers, "spills": row.spills}
+        about |= {"mfma": row.matrix == "mfma", "wide": wide, "half": half}
     (folder / f"{stem}.json").write_text(json.dumps(about))
 
 
@@ -263,8 +276,6 @@ def compiled(launch: Launch, arch: config.Arch, folder: Path | None = None) -> R
     row.shared = binary.metadata.shared
     half = not {"*fp32"} & {dict(launch.signature).get(name) for name in ("a_ptr", "q_ptr")}
     if arch.name.startswith("sm_"):
-        if folder is not None:
-            keep(binary, launch, row, folder)
         ptx = binary.asm["ptx"]
         found = [word for word in ("wgmma", "tcgen05.mma", "mma.sync") if word in ptx]
         row.registers, row.spills = _resources(binary.asm["cubin"])
@@ -278,6 +289,8 @@ def compiled(launch: Launch, arch: config.Arch, folder: Path | None = None) -> R
         row.spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", text) or [0, "0"])[1])
         wanted, small = "mfma", False
     row.matrix = ",".join(found)
+    if folder is not None:
+        keep(binary, launch, row, half, folder)
     if row.spills:
         row.broken = f"spills {row.spills}"
     elif row.shared > arch.shared:

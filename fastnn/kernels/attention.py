@@ -1,14 +1,16 @@
 """Attention: the operators, and what they hand to the kernels of `attention_fwd` and `attention_bwd`."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.attention import attention_bwd_fake, attention_fwd_fake
+from . import tune
 from .attention_bwd import attention_delta, attention_dkv, attention_dq
 from .attention_fwd import attention_rows_fwd
-from .config import arch_of, attention_config, cdiv, power_of_2
+from .config import Attention, arch_of, attention_config, attention_splits, cdiv, power_of_2
 from .library import register
 from .matmul import precision_of
 
@@ -71,6 +73,13 @@ def _call(
     return Call(_heads(query), _heads(key), _heads(value), mask, tail, flags)
 
 
+def _run(kernel: str, launch: Callable[[Attention], None], c: Call, bd: int, bdv: int) -> None:
+    """Launches `fwd`, `dq` or `dkv` cut as its shape wants it; bd and bdv features are in a tile."""
+    (B, H, S_q, _), S_k, arch = c.q.shape, c.k.shape[2], arch_of(c.q.device.index)
+    cut = attention_config(kernel, S_q, S_k, bd, bdv, c.q.element_size(), c.rich, arch)
+    tune.run(f"attention_{kernel}", launch, cut, c.q, arch, (B, H, c.k.shape[1], S_q, S_k, bd, bdv), c.flags)
+
+
 def attention_fwd(
     query: Tensor,
     key: Tensor,
@@ -93,13 +102,16 @@ def attention_fwd(
         return out.zero_(), lse.fill_(float("inf"))
     c = _call(query, key, value, attn_mask, seed, dropout, scale, softcap, window_left, window_right)
     bd, bdv = power_of_2(D, 16), power_of_2(D_v, 16)
-    cut = attention_config("fwd", S_q, S_k, bd, bdv, query.element_size(), c.rich, arch_of(query.device.index))
-    tiles = cdiv(S_q, cut.bm)
-    attention_rows_fwd[(tiles * B * H,)](
-        c.q, c.k, c.v, c.mask, out, lse, H, S_q, S_k, D, D_v, H // H_kv, *c.q.stride()[:3], *c.k.stride()[:3],
-        *c.v.stride()[:3], *c.mask_strides(), *out.stride()[:3], *c.tail, tiles, *c.flags, c.plain, cut.bm,
-        cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
+
+    def launch(cut: Attention) -> None:
+        tiles = cdiv(S_q, cut.bm)
+        attention_rows_fwd[(tiles * B * H,)](
+            c.q, c.k, c.v, c.mask, out, lse, H, S_q, S_k, D, D_v, H // H_kv, *c.q.stride()[:3], *c.k.stride()[:3],
+            *c.v.stride()[:3], *c.mask_strides(), *out.stride()[:3], *c.tail, tiles, *c.flags, c.plain, cut.bm,
+            cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+
+    _run("fwd", launch, c, bd, bdv)
     return out, lse
 
 
@@ -132,25 +144,34 @@ def attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     c = _call(query, key, value, attn_mask, seed, dropout, scale, softcap, window_left, window_right)
     do, group = _heads(grad), H // H_kv
-    bd, bdv, arch = power_of_2(D, 16), power_of_2(D_v, 16), arch_of(query.device.index)
+    bd, bdv = power_of_2(D, 16), power_of_2(D_v, 16)
     delta = torch.empty_like(lse)
     rows = max(4096 // bdv, 1)
     attention_delta[(cdiv(lse.numel(), rows),)](
         do, out, delta, H, S_q, D_v, lse.numel(), *do.stride()[:3], *out.stride()[:3], rows, bdv, num_warps=4
     )
     strides = (*c.q.stride()[:3], *c.k.stride()[:3], *c.v.stride()[:3], *c.mask_strides(), *do.stride()[:3])
-    cut = attention_config("dq", S_q, S_k, bd, bdv, query.element_size(), c.rich, arch)
-    tiles = cdiv(S_q, cut.bm)
-    attention_dq[(tiles * B * H,)](
-        c.q, c.k, c.v, c.mask, do, lse, delta, dq, H, S_q, S_k, D, D_v, group, *strides, *c.tail, tiles, *c.flags,
-        cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
-    cut = attention_config("dkv", S_q, S_k, bd, bdv, query.element_size(), c.rich, arch)
-    tiles = cdiv(S_k, cut.bn)
-    attention_dkv[(tiles * B * H_kv,)](
-        c.q, c.k, c.v, c.mask, do, lse, delta, dk, dv, H, H_kv, S_q, S_k, D, D_v, group, *strides, *c.tail, tiles,
-        *c.flags, cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
-    )  # fmt: skip
+
+    def launch_dq(cut: Attention) -> None:
+        tiles = cdiv(S_q, cut.bm)
+        attention_dq[(tiles * B * H,)](
+            c.q, c.k, c.v, c.mask, do, lse, delta, dq, H, S_q, S_k, D, D_v, group, *strides, *c.tail, tiles, *c.flags,
+            cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+
+    arch = arch_of(query.device.index)
+    passes = (1, 2) if attention_splits(bd, bdv, query.element_size(), arch) else (3,)
+
+    def launch_dkv(cut: Attention) -> None:
+        tiles = cdiv(S_k, cut.bn)
+        for wants in passes:
+            attention_dkv[(tiles * B * H_kv,)](
+                c.q, c.k, c.v, c.mask, do, lse, delta, dk, dv, H, H_kv, S_q, S_k, D, D_v, group, *strides, *c.tail,
+                tiles, *c.flags, wants, cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+            )  # fmt: skip
+
+    _run("dq", launch_dq, c, bd, bdv)
+    _run("dkv", launch_dkv, c, bd, bdv)
     return dq, dk, dv
 
 

@@ -188,12 +188,16 @@ def attention_dkv(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
+    WANTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BDV: tl.constexpr,
 ):
-    """dk and dv of BN keys of one key head, from all queries that see them, head by head."""
+    """dk and dv of BN keys of one key head, from all queries that see them, head by head.
+
+    WANTS: 3 both, 1 dk, 2 dv: one sum at a time takes half of the registers and the scores twice.
+    """
     program = tl.program_id(0).to(tl.int64)
     n0 = (program % tiles).to(tl.int32) * BN
     bh = program // tiles
@@ -237,18 +241,25 @@ def attention_dkv(
                 SOFTCAP, MASK, HAS_LEFT, HAS_RIGHT, True,
             )  # fmt: skip
             p = tl.exp2((s - lse[None, :]) * LOG2_E)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            dropped = p
             if DROPOUT:
                 keep = tl.trans(kept(seed, threshold, m.to(tl.int64), n0, row_base, groups, BM, BN))
-                dp = tl.where(keep, dp * keep_scale, 0.0)
-                dropped = tl.where(keep, p * keep_scale, 0.0)
-            sum_v = tl.dot(dropped.to(do.dtype), do, sum_v, input_precision=PRECISION)
-            ds = p * (dp - delta[None, :])
-            if SOFTCAP:
-                ds *= slope
-            ds = tl.where(p == 0.0, 0.0, ds)
-            sum_k = tl.dot(ds.to(q.dtype), q, sum_k, input_precision=PRECISION)
+            if WANTS & 2:
+                dropped = p
+                if DROPOUT:
+                    dropped = tl.where(keep, p * keep_scale, 0.0)
+                sum_v = tl.dot(dropped.to(do.dtype), do, sum_v, input_precision=PRECISION)
+            if WANTS & 1:
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                if DROPOUT:
+                    dp = tl.where(keep, dp * keep_scale, 0.0)
+                ds = p * (dp - delta[None, :])
+                if SOFTCAP:
+                    ds *= slope
+                ds = tl.where(p == 0.0, 0.0, ds)
+                sum_k = tl.dot(ds.to(q.dtype), q, sum_k, input_precision=PRECISION)
     row = bh * S_k + keys
-    tl.store(dk_ptr + row * D + d[None, :], (sum_k * scale).to(dk_ptr.dtype.element_ty), mask=there & (d < D)[None, :])
-    tl.store(dv_ptr + row * D_v + dv[None, :], sum_v.to(dv_ptr.dtype.element_ty), mask=there & (dv < D_v)[None, :])
+    if WANTS & 1:
+        dk = (sum_k * scale).to(dk_ptr.dtype.element_ty)
+        tl.store(dk_ptr + row * D + d[None, :], dk, mask=there & (d < D)[None, :])
+    if WANTS & 2:
+        tl.store(dv_ptr + row * D_v + dv[None, :], sum_v.to(dv_ptr.dtype.element_ty), mask=there & (dv < D_v)[None, :])

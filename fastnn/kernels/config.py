@@ -200,7 +200,9 @@ def matmul_config(M: int, N: int, K: int, itemsize: int, precision: str, arch: A
     full = itemsize == 4 and precision == "ieee"
     large = cdiv(M, 128) * cdiv(N, 256) >= arch.processors and arch.shared > 200000
     if full:
-        bm, bn, bk, warps, stages = (64, 64, 32, 8, 3) if M > 16 else (16, 64, 64, 4, 3)
+        bm, bn, bk, warps, stages = (64, 64, 32, 8, 3) if M > 32 else (32, 64, 32, 4, 3)
+        if M <= 16:
+            bm, bk = 16, 64
     elif M <= 16:
         bm, bn, bk, warps, stages = 16, 64, 128, 4, 4
     elif M <= 32 or N <= 32:
@@ -214,7 +216,7 @@ def matmul_config(M: int, N: int, K: int, itemsize: int, precision: str, arch: A
     if arch.name.startswith("gfx"):
         stages = 2
     if itemsize == 4 and not full:
-        bk //= 2
+        bk = 32  # the bytes of 64 in half precision; 64 of TF32 spilled in few rows
     # The epilogue of a bulk tile may take as much as the tile itself in half precision.
     while stages > 2 and (bm + bn) * bk * itemsize * stages + (bm * bn if bulk else 0) > arch.shared:
         stages -= 1
@@ -253,8 +255,10 @@ def attention_config(
     amd = arch.name.startswith("gfx")
     if itemsize == 4:
         if wide > 128:
-            return Attention(16, 16, 4 if amd else 8, 1)
-        return Attention(32 if wide <= 64 else 16, 16 if rich and wide > 64 else 32, 8, 1 if amd else 2)
+            return Attention(16, 16, 4, 1)
+        warps = 4 if amd and kernel != "fwd" else 8
+        stages = 1 if amd or (rich and kernel == "dkv") else 2  # a second one spilled 8 bytes on sm_80
+        return Attention(32 if wide <= 64 else 16, 16 if rich and wide > 64 else 32, warps, stages)
     if S_q <= 16 and kernel != "dkv":
         return Attention(16, 64 if wide <= 128 else 32, 4, 2)
     hopper = arch.name in ("sm_90", "sm_100")
@@ -270,11 +274,14 @@ def attention_config(
         if wide <= 128:
             found = Attention(128, 64, 8, 3) if tall else Attention(64, 64 if wide <= 64 else 32, 8, 2)
         else:
-            found = Attention(64, 32, 4 if hopper else 8, 2)
+            found = Attention(64, 32 if arch.shared >= 110000 else 16, 4 if hopper else 8, 2)
     elif wide <= 64:
         found = Attention(64, 64, 4, 3) if hopper else Attention(64, 64, 8, 2)
     elif wide <= 128:
         found = Attention(32, 64, 4, 3) if hopper else Attention(32, 64, 8, 2)
+    elif arch.name == "sm_90":
+        # One sum at a time (attention_splits); beside a mask or dropout only mma.sync's 32 keys fit the registers.
+        return Attention(16, 32 if rich else 64, 4, 1)
     else:
         found = Attention(32, 64, 8, 1) if hopper else Attention(32, 32, 8, 1)
     few = 32 if wide <= 128 and not (amd and wide > 64) else 16
@@ -285,6 +292,26 @@ def attention_config(
         found = found._replace(bm=min(found.bm, tallest), bn=few, warps=8)
     elif rich:
         found = found._replace(bn=few, warps=8)
-    if amd:  # 64 lanes a warp and no asynchronous copies
+    if amd:  # 64 lanes a warp and no asynchronous copies; a lane has 512 registers with four warps, 256 with eight
         found = found._replace(bm=min(found.bm, 64), stages=1)
+        if kernel == "dq":
+            found = found._replace(warps=4)
+        elif kernel == "dkv":  # two programs of four warps share a unit where a lane needs half of its registers
+            found = found._replace(bm=min(found.bm, 32 if wide <= 128 else 16), warps=4)
+    if arch.name == "sm_120" and kernel == "dq" and found.bn == 32:
+        found = found._replace(warps=4)  # with eight ptxas aims at 128 registers, and spilled two of them
+    elif arch.name == "sm_120" and kernel == "dkv" and rich and wide > 16:
+        found = found._replace(bm=16)  # 32 queries spilled 16 bytes
     return found
+
+
+def attention_splits(bd: int, bdv: int, itemsize: int, arch: Arch) -> bool:
+    """Whether dk and dv are two launches.
+
+    Two sums of 64 keys by 256 features, 64 is what wgmma takes, fill the registers of eight warps on sm_90 and spilled
+    400 bytes; on sm_100 sums lie in tensor memory, elsewhere mma.sync takes 32 keys. Two launches are five products of
+    tiles as one is, and the scores of one of them twice. The interpreter tests both ways.
+    """
+    if arch.name == "interpreted":
+        return bd >= 32
+    return arch.name == "sm_90" and itemsize == 2 and max(bd, bdv) > 128

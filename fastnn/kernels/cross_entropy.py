@@ -1,11 +1,15 @@
 """Cross-entropy. Forward keeps maximum and log-sum of a row, backward recomputes the softmax from them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..ops.cross_entropy import cross_entropy_bwd_fake, cross_entropy_fwd_fake
+from . import tune
 from .activation import tanh
 from .config import Rows, arch_of, cdiv, loss_config
 from .library import register, rows_of
@@ -252,8 +256,10 @@ def _targets(target: Tensor, kind: int) -> tuple[Tensor | None, Tensor | None]:
     return (None, target.contiguous()) if kind == 2 else (target.contiguous(), None)
 
 
-def _tile(input: Tensor) -> Rows:
-    return loss_config(input.shape[1], input.shape[0], arch_of(input.device.index))
+def _run(kernel: str, launch: Callable[[Rows], None], input: Tensor, options: tuple[Any, ...]) -> None:
+    """Launches with the tile for these logits."""
+    (rows, n), arch = input.shape, arch_of(input.device.index)
+    tune.run(kernel, launch, loss_config(n, rows, arch), input, arch, (rows, n), options)
 
 
 def cross_entropy_fwd(
@@ -275,12 +281,17 @@ def cross_entropy_fwd(
     row_weight = stats.new_empty((rows, 2))
     if input.numel():
         kind = _kind(target, label_smoothing)
-        x, tile = rows_of(input, n), _tile(input)
-        cross_entropy_rows_fwd[(cdiv(rows, tile.rows),)](
-            x, *_targets(target, kind), None if weight is None else weight.contiguous(), row_loss, row_z, row_weight,
-            stats, rows, n, x.stride(0), ignore_index, label_smoothing, z_loss, softcap, softcap != 0, kind, tile.rows,
-            tile.block, tile.whole, num_warps=tile.warps,
-        )  # fmt: skip
+        x, targets = rows_of(input, n), _targets(target, kind)
+        w = None if weight is None else weight.contiguous()
+
+        def launch(tile: Rows) -> None:
+            cross_entropy_rows_fwd[(cdiv(rows, tile.rows),)](
+                x, *targets, w, row_loss, row_z, row_weight, stats, rows, n, x.stride(0), ignore_index,
+                label_smoothing, z_loss, softcap, softcap != 0, kind, tile.rows, tile.block, tile.whole,
+                num_warps=tile.warps,
+            )  # fmt: skip
+
+        _run("cross_entropy_fwd", launch, x, (kind, softcap != 0, w is not None, row_z is not None))
     elif rows:  # of no class
         row_loss.zero_()
         row_weight.fill_(1.0)
@@ -318,14 +329,18 @@ def cross_entropy_bwd(
         return dx
     rows, n = input.shape
     kind = _kind(target, label_smoothing)
-    x, tile = rows_of(input, n), _tile(input)
+    x, targets = rows_of(input, n), _targets(target, kind)
     w = None if weight is None else weight.contiguous()
     weight_sum = None if w is None or kind != 1 else w.sum(dtype=stats.dtype)
-    cross_entropy_rows_bwd[(cdiv(rows, tile.rows),)](
-        grad, x, *_targets(target, kind), w, stats, divisors, dx, rows, n,
-        grad.stride(0) if reduction == NONE else 0, x.stride(0), ignore_index, label_smoothing, z_loss, softcap,
-        weight_sum, softcap != 0, kind, tile.rows, tile.block, num_warps=tile.warps,
-    )  # fmt: skip
+
+    def launch(tile: Rows) -> None:
+        cross_entropy_rows_bwd[(cdiv(rows, tile.rows),)](
+            grad, x, *targets, w, stats, divisors, dx, rows, n, grad.stride(0) if reduction == NONE else 0,
+            x.stride(0), ignore_index, label_smoothing, z_loss, softcap, weight_sum, softcap != 0, kind, tile.rows,
+            tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+
+    _run("cross_entropy_bwd", launch, x, (kind, softcap != 0, w is not None))
     return dx
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._dispatch import allows_tf32
+from . import tune
 from .activation import activate
-from .config import arch_of, cdiv, matmul_config
+from .config import Product, arch_of, cdiv, matmul_config
 
 
 @triton.jit
@@ -184,6 +185,26 @@ def product(
     cut = matmul_config(M, N, K, a.element_size(), precision, arch)
     if cut.transposes and b.stride(1) != 1:
         b = b.contiguous()
+
+    def launch(cut: Product) -> None:
+        _launch(cut, precision, a, b, c, bias, pre, activation)
+
+    lies = (a.stride(1) == 1, b.stride(1) == 1, precision, activation, bias is not None, pre is not None)
+    tune.run("matmul", launch, cut, a, arch, (M, N, K), lies)
+
+
+def _launch(
+    cut: Product,
+    precision: str,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    pre: Tensor | None,
+    activation: int,
+) -> None:
+    """The product cut so."""
+    (M, K), N = a.shape, b.shape[1]
     tiles = cdiv(M, cut.bm) * cdiv(N, cut.bn)
     split_k = cdiv(cdiv(K, cut.parts), cut.bk) * cut.bk if cut.parts > 1 else K
     parts = cdiv(K, split_k) if cut.parts > 1 else 1

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.norm import norm_bwd_fake, norm_fwd_fake
-from .config import arch_of, cdiv, columns_config, norm_bwd_config, rows_config
+from . import tune
+from .config import NormBackward, Rows, arch_of, cdiv, columns_config, norm_bwd_config, rows_config
 from .library import register, rows_of
 from .norm_bwd import norm_bwd_columns, norm_bwd_long, norm_bwd_whole
 from .sums import add_parts
@@ -196,14 +197,19 @@ def norm_fwd(
         return output, total, stats
     x = rows_of(input, n)
     added = None if residual is None else rows_of(residual, n)
-    tile = rows_config(n, rows, arch_of(input.device.index), step=4096)
+    arch = arch_of(input.device.index)
     args = (x, added, _flat(weight), _flat(bias), output, total, stats, rows, n, x.stride(0))
     strides = (0 if added is None else added.stride(0), eps, rms)
-    if tile.whole:
-        grid = (cdiv(rows, tile.rows),)
-        norm_fwd_whole[grid](*args, *strides, tile.rows, tile.block, num_warps=tile.warps)
-    else:
-        norm_fwd_long[(rows,)](*args, *strides, tile.block, num_warps=tile.warps)
+
+    def launch(tile: Rows) -> None:
+        if tile.whole:
+            grid = (cdiv(rows, tile.rows),)
+            norm_fwd_whole[grid](*args, *strides, tile.rows, tile.block, num_warps=tile.warps)
+        else:
+            norm_fwd_long[(rows,)](*args, *strides, tile.block, num_warps=tile.warps)
+
+    has = (rms, residual is not None, weight is not None, bias is not None)
+    tune.run("norm_fwd", launch, rows_config(n, rows, arch, step=4096), x, arch, (rows, n), has)
     return output, total, stats
 
 
@@ -234,10 +240,15 @@ def norm_bwd(
     if tile.whole:
         parts = cdiv(rows, tile.rows * tile.tiles)
         part_dw, part_db = (None if s is None else x.new_empty((parts, n), dtype=torch.float32) for s in (dw, db))
-        norm_bwd_whole[(parts,)](
-            dy, came, x, w, stats, dx, part_dw, part_db, rows, n, dy.stride(0), came_stride, x.stride(0), tile.tiles,
-            rms, tile.rows, tile.block, 2, num_warps=tile.warps,
-        )  # fmt: skip
+
+        def launch(tile: NormBackward) -> None:
+            norm_bwd_whole[(parts,)](
+                dy, came, x, w, stats, dx, part_dw, part_db, rows, n, dy.stride(0), came_stride, x.stride(0),
+                tile.tiles, rms, tile.rows, tile.block, 2, num_warps=tile.warps,
+            )  # fmt: skip
+
+        has = (rms, came is not None, *mask)
+        tune.run("norm_bwd", launch, tile, x, arch, (rows, n), has)
     else:
         if dx is not None:
             strides = (dy.stride(0), came_stride, x.stride(0))

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.softmax import softmax_bwd_fake, softmax_fwd_fake
-from .config import arch_of, cdiv, power_of_2, rows_config
+from . import tune
+from .config import Rows, arch_of, cdiv, power_of_2, rows_config
 from .library import register, rows_of
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -199,10 +200,15 @@ def softmax_fwd(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -
     outer, columns, inner = _extents(input, dim)
     if inner == 1:
         x = rows_of(input, columns)
-        tile = rows_config(columns, outer, arch_of(input.device.index))
-        softmax_rows_fwd[(cdiv(outer, tile.rows),)](
-            x, output, outer, columns, x.stride(0), log, tile.rows, tile.block, tile.whole, num_warps=tile.warps
-        )
+        arch = arch_of(input.device.index)
+        tile = rows_config(columns, outer, arch)
+
+        def launch(tile: Rows) -> None:
+            softmax_rows_fwd[(cdiv(outer, tile.rows),)](
+                x, output, outer, columns, x.stride(0), log, tile.rows, tile.block, tile.whole, num_warps=tile.warps
+            )
+
+        tune.run("softmax_fwd", launch, tile, x, arch, (outer, columns), (log,))
     else:
         rows, block = _tall(columns, inner)
         blocks = cdiv(inner, block)
@@ -220,10 +226,15 @@ def softmax_bwd(grad: Tensor, output: Tensor, dim: int, log: bool, input_dtype: 
     y = output.contiguous()
     if inner == 1:
         dy = rows_of(grad, columns)
-        tile = rows_config(columns, outer, arch_of(output.device.index), 8192)
-        softmax_rows_bwd[(cdiv(outer, tile.rows),)](
-            dy, y, dx, outer, columns, dy.stride(0), log, tile.rows, tile.block, tile.whole, num_warps=tile.warps
-        )
+        arch = arch_of(output.device.index)
+        tile = rows_config(columns, outer, arch, 8192)
+
+        def launch(tile: Rows) -> None:
+            softmax_rows_bwd[(cdiv(outer, tile.rows),)](
+                dy, y, dx, outer, columns, dy.stride(0), log, tile.rows, tile.block, tile.whole, num_warps=tile.warps
+            )
+
+        tune.run("softmax_bwd", launch, tile, y, arch, (outer, columns), (log,))
     else:
         rows, block = _tall(columns, inner)
         blocks = cdiv(inner, block)

@@ -7,8 +7,9 @@ and returns what was measured and which cells of the matrix op x dtype x target 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ class Cell:
         return f"{self.op}-{self.dtype}-{self.target}-{self.layout}-{self.part}"
 
 
+class Compared(NamedTuple):
+    """The results that were compared."""
+
+    ours: Tensor
+    truth: Tensor
+    """float64."""
+    rival: Tensor
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A case that passed."""
@@ -48,6 +58,8 @@ class Verdict:
     """Part -> errors."""
     runs: tuple[KernelRun, ...]
     """The kernels that ran."""
+    compared: dict[str, Compared] = field(repr=False, compare=False)
+    """Part -> results."""
 
     @property
     def cells(self) -> frozenset[Cell]:
@@ -105,13 +117,14 @@ def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout:
         grad = on_device({"grad_output": grad}, target.device)["grad_output"]
     ours, runs = _run_watched(case, inputs, grad, target, where)
     prove_ran(case, target, runs, where)
+    compared = {part: Compared(*three) for part, *three in zip(case.parts, ours, truth, rival, strict=True)}
     measured = {}
-    for part, mine, true, theirs in zip(case.parts, ours, truth, rival, strict=True):
+    for part, (mine, true, theirs) in compared.items():
         factor = policy.FORWARD_FACTOR if part == "forward" else policy.GRADIENT_FACTOR
         label = f"{where} {part}"
         measured[part] = policy.assert_within_budget(mine, true, theirs, theirs.dtype, factor, where=label)
         policy.assert_unbiased(mine, true, theirs, where=label)
-    return Verdict(case, dtype, target, measured, tuple(runs))
+    return Verdict(case, dtype, target, measured, tuple(runs), compared)
 
 
 def _upcast(inputs: Inputs) -> Inputs:

@@ -1,40 +1,51 @@
-"""The test policy's cases on interpreted Triton kernels: every case in one type, or in every type with `slow`."""
+"""The matrix on interpreted Triton kernels: op x dtype x layout x {forward, each gradient}, and that no cell is empty.
+
+Each layout of an op in one type (the types take turns), in every type with `slow`.
+"""
 
 from __future__ import annotations
-
-from collections import defaultdict
 
 import pytest
 
 from fastnn import testing
 from fastnn.testing import DTYPES, INTERPRETED, LAYOUTS, cases, matrix_cells, op_names
 
-# Packed weights are the CPU kernels' own.
-CASES = [c for op in op_names() for c in cases(op) if not c.wide and c.forward_kernel != "linear_packed_fwd"]
-PAIRS = [(case, dtype) for case in CASES for dtype in DTYPES]
-RAN: set[testing.Cell] = set()
+GROUPS = [(op, layout) for op in op_names() for layout in LAYOUTS]
 
 
-def _rotating(position: int) -> str:
-    return list(DTYPES)[position % len(DTYPES)]
+def rows():
+    """(op, dtype, layout) for every one."""
+    for position, (op, layout) in enumerate(GROUPS):
+        for number, dtype in enumerate(DTYPES):
+            marks = [] if number == position % len(DTYPES) else [pytest.mark.slow]
+            yield pytest.param(op, dtype, layout, id=f"{op}-{dtype}-{layout}", marks=marks)
 
 
-def _of(case: testing.Case, dtype: str) -> pytest.param:
-    marks = [] if dtype == _rotating(CASES.index(case)) else [pytest.mark.slow]
-    return pytest.param(case, dtype, id=f"{case.op}-{case.name}-{dtype}", marks=marks)
+ROWS = list(rows())
 
 
-@pytest.mark.parametrize(("case", "dtype"), [_of(*pair) for pair in PAIRS])
-def test_case(case, dtype):
-    RAN.update(testing.check(case, dtype, INTERPRETED).cells)
+@pytest.mark.parametrize(("op", "dtype", "layout"), ROWS)
+def test_cell(op, dtype, layout):
+    found = [case for case in cases(op) if case.layout == layout and not case.wide and INTERPRETED.takes(case)]
+    # Packed weights are the CPU kernels' own.
+    found = [case for case in found if case.forward_kernel == f"{op}_fwd"]
+    assert found, f"{op} has no case of layout {layout}"
+    filled = {cell for case in found for cell in testing.check(case, dtype, INTERPRETED).cells}
+    wanted = {cell for cell in matrix_cells(op, [INTERPRETED], [layout]) if cell.dtype == dtype}
+    assert wanted <= filled, f"empty cells: {sorted(map(str, wanted - filled))}"
 
 
-def test_no_cell_is_empty(request):
-    selected = sum(item.name.startswith("test_case[") for item in request.session.items)
-    if selected < len(PAIRS):
-        pytest.skip(f"only {selected} of {len(PAIRS)} cases were selected")
-    wanted = {cell for op in op_names() for cell in matrix_cells(op, [INTERPRETED], LAYOUTS)}
-    empty = defaultdict(list)
-    for cell in sorted(wanted - RAN, key=str):
-        empty[f"{cell.op}-{cell.layout}"].append(str(cell))
-    assert not empty, f"{sum(map(len, empty.values()))} of {len(wanted)} cells are empty: {dict(empty)}"
+def test_no_cell_is_empty():
+    """Each cell is one that a row above demands to be filled when it runs."""
+    rows = {row.values for row in ROWS}
+    for op in op_names():
+        cells = matrix_cells(op, [INTERPRETED], LAYOUTS)
+        assert {(op, cell.dtype, cell.layout) for cell in cells} == {row for row in rows if row[0] == op}
+        assert {cell.dtype for cell in cells} == set(DTYPES)
+        assert {cell.layout for cell in cells} == set(LAYOUTS)
+
+
+def test_every_op_is_seen_in_every_type():
+    """The rows that are not slow: each op in each type, in some layout."""
+    quick = {row.values[:2] for row in ROWS if not row.marks}
+    assert quick == {(op, dtype) for op in op_names() for dtype in DTYPES}

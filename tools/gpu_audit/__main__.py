@@ -13,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+from amd import broken_notes, note_lines, notes  # noqa: E402
 from cubins import collect  # noqa: E402
 from report import document, kernel_lines  # noqa: E402
 from rules import broken  # noqa: E402
@@ -30,14 +31,16 @@ def main() -> int:
     found = collect(arguments.paths)
     if not found:
         parser.error("no kernels in these paths")
-    problems = broken(found)
+    noted = notes(arguments.paths)
+    problems = broken(found) + broken_notes(noted)
     if arguments.write:
-        arguments.write.write_text(document(found, problems), "utf-8")
+        arguments.write.write_text(document(found, problems, noted), "utf-8")
     else:
-        sys.stdout.write("\n".join(kernel_lines(found, sorted({one.kernel.arch for one in found}))) + "\n")
+        lines = [*kernel_lines(found, sorted({one.kernel.arch for one in found})), *note_lines(noted)]
+        sys.stdout.write("\n".join(lines) + "\n")
     for problem in problems:
         sys.stdout.write(f"RULE BROKEN: {problem}\n")
-    sys.stdout.write(f"{len(found)} kernels, {len(problems)} broken rules\n")
+    sys.stdout.write(f"{len(found) + len(noted)} kernels, {len(problems)} broken rules\n")
     return 1 if problems else 0
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from amd import Note, note_lines
 from cubins import Found
 from occupancy import ARCHS, Occupancy, occupancy
 
@@ -124,16 +125,23 @@ BOUNDS_TEXT = (
 )
 
 
-def document(found: Sequence[Found], broken: Sequence[str]) -> str:
+AMD_TEXT = (
+    "What Triton's compiler says of its code for AMD GPUs: vector registers of a lane, of 512, registers spilled,",
+    "local data share (LDS), of 64 KiB, and how many variants have a global access of 128 bits, and MFMA.",
+)
+
+
+def document(found: Sequence[Found], broken: Sequence[str], notes: Sequence[Note] = ()) -> str:
     """The whole page."""
     archs = [arch for arch in ARCHS if any(one.kernel.arch == arch for one in found)]
-    total = len(found)
+    total = len(found) + len(notes)
+    names = [*(f"sm_{arch}" for arch in archs), *sorted({note.arch for note in notes})]
     lines = [
         "# Audit of the GPU kernels",
         "",
         "Made by `python tools/gpu_audit` from the machine code, without a GPU; do not edit. Nothing here is a timing.",
         "",
-        f"{total} kernels and variants, for {', '.join(f'sm_{arch}' for arch in archs)}: "
+        f"{total} kernels and variants, for {', '.join(names)}: "
         + (f"{len(broken)} broken rules." if broken else "no rule is broken."),
         "",
         *RULES_TEXT,
@@ -146,6 +154,7 @@ def document(found: Sequence[Found], broken: Sequence[str]) -> str:
         "",
         *kernel_lines(found, archs),
         "",
+        *(["## AMD", "", *AMD_TEXT, "", *note_lines(notes), ""] if notes else []),
         "## Bounds",
         "",
         *BOUNDS_TEXT,
