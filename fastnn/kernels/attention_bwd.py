@@ -207,12 +207,9 @@ def attention_dkv(
     dv = tl.arange(0, BDV)
     keys = n.to(tl.int64)[:, None]
     there = (n < S_k)[:, None]
-    k = tl.load(
-        k_ptr + b * k_batch + h_kv * k_head + keys * k_row + d[None, :], mask=there & (d < D)[None, :], other=0.0
-    )
-    v = tl.load(
-        v_ptr + b * v_batch + h_kv * v_head + keys * v_row + dv[None, :], mask=there & (dv < D_v)[None, :], other=0.0
-    )
+    in_k, in_v = there & (d < D)[None, :], there & (dv < D_v)[None, :]
+    k = tl.load(k_ptr + b * k_batch + h_kv * k_head + keys * k_row + d[None, :], mask=in_k, other=0.0)
+    v = tl.load(v_ptr + b * v_batch + h_kv * v_head + keys * v_row + dv[None, :], mask=in_v, other=0.0)
     groups = (S_k + 3) // 4
     low = tl.maximum(n0 - right, 0) // BM * BM if HAS_RIGHT else 0
     high = tl.minimum(S_q, n0 + BN + left) if HAS_LEFT else S_q
@@ -244,9 +241,7 @@ def attention_dkv(
             if DROPOUT:
                 keep = tl.trans(kept(seed, threshold, m.to(tl.int64), n0, row_base, groups, BM, BN))
             if WANTS & 2:
-                dropped = p
-                if DROPOUT:
-                    dropped = tl.where(keep, p * keep_scale, 0.0)
+                dropped = tl.where(keep, p * keep_scale, 0.0) if DROPOUT else p
                 sum_v = tl.dot(dropped.to(do.dtype), do, sum_v, input_precision=PRECISION)
             if WANTS & 1:
                 dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -259,7 +254,6 @@ def attention_dkv(
                 sum_k = tl.dot(ds.to(q.dtype), q, sum_k, input_precision=PRECISION)
     row = bh * S_k + keys
     if WANTS & 1:
-        dk = (sum_k * scale).to(dk_ptr.dtype.element_ty)
-        tl.store(dk_ptr + row * D + d[None, :], dk, mask=there & (d < D)[None, :])
+        tl.store(dk_ptr + row * D + d[None, :], (sum_k * scale).to(dk_ptr.dtype.element_ty), mask=in_k)
     if WANTS & 2:
-        tl.store(dv_ptr + row * D_v + dv[None, :], sum_v.to(dv_ptr.dtype.element_ty), mask=there & (dv < D_v)[None, :])
+        tl.store(dv_ptr + row * D_v + dv[None, :], sum_v.to(dv_ptr.dtype.element_ty), mask=in_v)

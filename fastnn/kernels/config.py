@@ -255,9 +255,11 @@ def attention_config(
     amd = arch.name.startswith("gfx")
     if itemsize == 4:
         if wide > 128:
-            return Attention(16, 16, 4, 1)
+            return Attention(16, 16, 8 if arch.name == "sm_80" else 4, 1)  # the other number spilled 8 bytes
         warps = 4 if amd and kernel != "fwd" else 8
-        stages = 1 if amd or (rich and kernel == "dkv") else 2  # a second one spilled 8 bytes on sm_80
+        stages = 1 if amd or (rich and kernel == "dkv") else 2
+        if arch.name == "sm_80" and rich and kernel == "dkv" and wide <= 64:
+            return Attention(16, 32, 4, 2)  # eight warps spilled 8 bytes
         return Attention(32 if wide <= 64 else 16, 16 if rich and wide > 64 else 32, warps, stages)
     if S_q <= 16 and kernel != "dkv":
         return Attention(16, 64 if wide <= 128 else 32, 4, 2)
@@ -300,7 +302,7 @@ def attention_config(
             found = found._replace(bm=min(found.bm, 32 if wide <= 128 else 16), warps=4)
     if arch.name == "sm_120" and kernel == "dq" and found.bn == 32:
         found = found._replace(warps=4)  # with eight ptxas aims at 128 registers, and spilled two of them
-    elif arch.name == "sm_120" and kernel == "dkv" and rich and wide > 16:
+    elif arch.name in ("sm_80", "sm_120") and kernel == "dkv" and rich and wide > 16:
         found = found._replace(bm=16)  # 32 queries spilled 16 bytes
     return found
 
