@@ -22,7 +22,7 @@ from .cases import (
     invalid_calls,
     op_names,
 )
-from .matrix import Cell, PromiseError, Verdict, check, matrix_cells
+from .matrix import Cell, PromiseError, Verdict, check, check_row, matrix_cells
 from .poison import poisoned
 from .policy import BudgetError, assert_within_budget, same_bits
 from .targets import INTERPRETED, REFERENCE, Target, best, targets, unavailable
@@ -46,6 +46,7 @@ __all__ = [
     "best",
     "cases",
     "check",
+    "check_row",
     "find_case",
     "invalid_calls",
     "matrix_cells",

@@ -82,6 +82,18 @@ def matrix_cells(op: str, targets: Sequence[Target], layouts: Sequence[str] = MA
     )
 
 
+def check_row(op: str, dtype: str, target: Target, layout: str, row: Sequence[Case]) -> None:
+    """Checks the cases `row` of one layout, which must fill every cell that the matrix has there.
+
+    Raises:
+        AssertionError: a cell stays empty, or what `check` raises.
+    """
+    filled = {cell for case in row for cell in check(case, dtype, target).cells}
+    wanted = {cell for cell in matrix_cells(op, [target], [layout]) if cell.dtype == dtype}
+    if not wanted <= filled:
+        raise AssertionError(f"empty cells: {sorted(map(str, wanted - filled))}")
+
+
 def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout: str | None = None) -> Verdict:
     """Runs `case` in `dtype` on `target`, twice, with poisoned memory, and compares with truth and rival.
 
