@@ -30,8 +30,17 @@ struct Result {
   }
 };
 
+// Blocks of softmax_held that a multiprocessor has registers for: ptxas left to itself aims at more
+// for sm_120 and spills.
+template <class Team, int kValues>
+constexpr int kHeldBlocks = Team::kIsBlock  ? 1
+                            : kValues <= 8  ? 8
+                            : kValues <= 16 ? 5
+                                            : 4;
+
 template <class Team, int kValues, class TX, class TY>
-__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128) softmax_held(SoftmaxParams p) {
+__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128, (kHeldBlocks<Team, kValues>))
+    softmax_held(SoftmaxParams p) {
   constexpr int N = kChunk<TX, TY>, C = kValues / N;
   FASTNN_SHARED(float, spare, Team::kSpare);
   Team team(spare);
