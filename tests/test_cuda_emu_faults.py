@@ -96,9 +96,12 @@ def test_kernels_under_sanitizers(tmp_path, program, kind):
     built = build(tmp_path, program, [emulated.HERE / f"{program}.cpp", *KERNELS[program]], kind)
     for order, copies in ORDERS[:1] if kind == "thread" else ORDERS:
         assert run(built, order=order, copies=copies) == "right\n"
+    if kind == "plain":  # 16 GiB of address space: see above
+        assert run(built, "far") == "right\n"
 
 
-# Planted into the real kernels: program, file of csrc/cuda, what stands there, what is planted, who must find it.
+# Planted into the real kernels: program, file of csrc/cuda, what stands there, what is planted, who must find it
+# ("far": the plain build, on rows more than 2^31 elements apart).
 REAL_FAULTS = {
     "reduction without its barrier":
         ("rows", "common.cuh", "  __syncthreads();\n#pragma unroll", "#pragma unroll", "plain", "wrong"),
@@ -135,6 +138,15 @@ REAL_FAULTS = {
     "the mask of the next key":
         ("matrix", "attention_tile.cuh", "mask_strides[2] +\n         key *", "mask_strides[2] +\n         (key ^ 1) *",
          "plain", "wrong"),
+    "rows' offsets in 32 bits":
+        ("rows", "softmax.cu", "static_cast<const TX*>(p.x) + (mine ? r : 0) * p.x_row_stride",
+         "static_cast<const TX*>(p.x) + static_cast<int>((mine ? r : 0) * p.x_row_stride)", "far", "wrong"),
+    "an operand's offsets in 32 bits":
+        ("matrix", "gemm.cuh", "(w0 + first_row) * stride", "static_cast<int>((w0 + first_row) * stride)",
+         "far", "wrong"),
+    "keys' offsets in 32 bits":
+        ("matrix", "attention_tile.cuh", "from += first * stride + chunk * 8;",
+         "from += static_cast<int>(first * stride) + chunk * 8;", "far", "wrong"),
 }  # fmt: skip
 
 
@@ -150,6 +162,7 @@ def test_fault_planted_into_a_kernel_is_found(tmp_path, name):
     assert text.count(was) == 1, f"{file} has changed: this fault can no longer be planted"
     path.write_text(text.replace(was, planted))
     kernels = [root / "csrc/cuda" / source.name for source in KERNELS[program]]
-    built = build(tmp_path, program, [emulated.HERE / f"{program}.cpp", *kernels], kind, root)
-    said = [run(built, order=order, copies=copies) for order, copies in ORDERS]
+    far = ["far"] if kind == "far" else []
+    built = build(tmp_path, program, [emulated.HERE / f"{program}.cpp", *kernels], "plain" if far else kind, root)
+    said = [run(built, *far, order=order, copies=copies) for order, copies in ORDERS]
     assert any(WORDS[found] in one or WORDS["barrier"] in one for one in said), said

@@ -170,11 +170,45 @@ void attention(int64_t s_q, int64_t s_k, int64_t d, DType type, bool masked) {
   compare("attention's dv", s_q, s_k, dv, want_dv, step);
 }
 
+void far_rows() {
+  constexpr int64_t kDepth = 64, kStride = FarRows<uint16_t>::kStride;
+  const DType type = DType::kBFloat16;
+  Tensor row(kDepth, type, 1), w(8 * kDepth, type, 2), y(2 * kDepth, type, 3);
+  const FarRows<uint16_t> x(row.halves.get(), kDepth);
+  LinearParams p = {};
+  p.M = 2, p.N = 8, p.K = kDepth;
+  p.x = {x.data, kStride, 1, type};
+  p.w = {w.data(), kDepth, 1, type};
+  p.y = y.data();
+  fastnn_cuda_linear_fwd(&p, 0, nullptr, nullptr);
+  expect_equal_rows("linear of far rows", y.halves.get(), 8);
+  AttentionFwdParams f = {};
+  AttentionParams& a = f.a;
+  a.B = a.H = a.H_kv = 1, a.S_q = a.S_k = 2, a.D = a.D_v = kDepth;
+  a.q = a.k = a.v = {x.data, 0, 0, kStride};
+  a.dtype = type;
+  a.scale = 0.125f;
+  a.window_left = a.window_right = -1;
+  f.out = y.data();
+  f.out_row_stride = kDepth;
+  fastnn_cuda_attention_fwd(&f, nullptr, nullptr);
+  expect_equal_rows("attention of far rows", y.halves.get(), kDepth);
+  // Two equal values: their mean is the value.
+  for (int64_t i = 0; i < kDepth; ++i) {
+    expect("attention of far rows", 2, kDepth, y[i], row.exact[i], 1e-2 * std::fabs(row.exact[i]));
+  }
+}
+
 }  // namespace
 }  // namespace fastnn
 
-int main() {
+// With an argument: rows far apart instead.
+int main(int count, char**) {
   using namespace fastnn;
+  if (count > 1) {
+    far_rows();
+    return report();
+  }
   constexpr DType kHalf = DType::kBFloat16, kFloat = DType::kFloat32;
   linear(70, 72, 136, kHalf, 132);
   linear(40, 64, 1032, kHalf, 132);  // the depth is split

@@ -182,11 +182,56 @@ void cross_entropy(int64_t rows, int64_t n, float smoothing) {
   expect_near("cross-entropy", rows, n, loss[0], total / count, total / count);
 }
 
+void far_rows() {
+  constexpr int64_t kColumns = 40, kStride = FarRows<float>::kStride;
+  const FarRows<float> x(values(kColumns, 1).get(), kColumns);
+  const Buffer y = buffer(2 * kColumns), stats = buffer(4), divisors = buffer(2), loss = buffer(2);
+  const auto f = DType::kFloat32;
+  const SoftmaxParams s = {x.data, y.get(), 2, kColumns, 1, kStride, f, f, false};
+  fastnn_cuda_softmax_fwd(&s, nullptr, nullptr);
+  expect_equal_rows("softmax of far rows", y.get(), kColumns);
+  NormParams n = {};
+  n.rows = 2;
+  n.columns = kColumns;
+  n.x = x.data;
+  n.x_row_stride = kStride;
+  n.y = y.get();
+  n.eps = 1e-5f;
+  fastnn_cuda_norm_fwd(&n, nullptr, nullptr);
+  expect_equal_rows("norm of far rows", y.get(), kColumns);
+  ActivationParams a = {};
+  a.rows = 2;
+  a.columns = kColumns;
+  a.x = x.data;
+  a.x_row_stride = kStride;
+  a.y = y.get();
+  a.activation = Activation::kSilu;
+  fastnn_cuda_activation_fwd(&a, nullptr, nullptr);
+  expect_equal_rows("activation of far rows", y.get(), kColumns);
+  const int64_t target[2] = {3, 3};
+  CrossEntropyParams c = {};
+  c.rows = 2;
+  c.classes = kColumns;
+  c.x = x.data;
+  c.x_row_stride = kStride;
+  c.target = target;
+  const CudaLossFwdParams l = {c,          nullptr,     LossReduction::kNone,
+                               loss.get(), stats.get(), divisors.get()};
+  const Buffer memory = workspace(fastnn_cuda_cross_entropy_fwd_workspace(&l));
+  fastnn_cuda_cross_entropy_fwd(&l, memory.get(), nullptr);
+  expect_equal_rows("loss of far rows", loss.get(), 1);
+}
+
 }  // namespace
 }  // namespace fastnn
 
-int main() {
+// With an argument: rows far apart instead.
+int main(int count, char**) {
   using namespace fastnn;
+  if (count > 1) {
+    far_rows();
+    return report();
+  }
   // Of lanes, of a warp, of a block, and, for a machine of 132 multiprocessors, shared out.
   for (const bool log : {false, true}) {
     softmax(5, 7, 0, false, log);
