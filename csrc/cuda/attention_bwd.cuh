@@ -199,11 +199,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
         for (int e = 0; e < 4; ++e) {
           const int query = i0 + column + e % 2, key = key0 + 16 * i + lane / 4 + e / 2 * 8;
           const float keep = !drops ? 1.f : kept >> e & 1 ? keep_scale : 0.f;
-          const Weight w =
-              weight_of<kGeneral>(p, s[i][j][e], dp[i][j][e], (e % 2 == 0 ? lse.x : lse.y) * kLog2E,
-                                  e % 2 == 0 ? its_delta.x : its_delta.y, keep,
-                                  !kGeneral || all || (query < n.s_q && is_visible(p, query, key)),
-                                  mask_offset(p, b, h, query, key));
+          const Weight w = weight_of<kGeneral>(
+              p, s[i][j][e], dp[i][j][e], (e % 2 == 0 ? lse.x : lse.y) * kLseUnit<kGeneral>,
+              e % 2 == 0 ? its_delta.x : its_delta.y, keep,
+              !kGeneral || all || (query < n.s_q && is_visible(p, query, key)),
+              mask_offset(p, b, h, query, key));
           s[i][j][e] = w.p;
           dp[i][j][e] = w.ds;
         }
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   for (int i = 0; i < 2 * kM; ++i) {
     const int row = q0 + (thread >> 5) * 16 * kM + (thread & 31) / 4 + 8 * i;
     const int64_t at = (b * p.H + h) * p.S_q + row;
-    lse[i / 2][i % 2] = row < n.s_q ? load_global(f.lse + at) * kLog2E : kInfinity;
+    lse[i / 2][i % 2] = row < n.s_q ? load_global(f.lse + at) * kLseUnit<kGeneral> : kInfinity;
     its_delta[i / 2][i % 2] = row < n.s_q ? load_global(delta + at) : 0.f;
   }
   float dq[kM][2 * kD][4] = {};

@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
   if (begin < range.end) copy_keys(0, begin);
   cp_async_commit();
 
+  // Powers of two: general scores, which a mask may bring near the largest float32, take their
+  // factor once the maximum is taken away.
   const float factor = kGeneral ? 1.f : p.scale * kLog2E;
   float o[kM][2 * kD][4] = {}, top[kM][2], total[kM][2] = {};
 #pragma unroll
@@ -89,9 +91,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
           const int row = row0 + 16 * i + e % 4 / 2 * 8;
           const int key = j0 + e / 4 * 8 + lane % 4 * 2 + e % 2;
           float slope;
-          s[i][e / 4][e % 4] =
-              kLog2E * finish_score(p, s[i][e / 4][e % 4], mask_offset(p, b, h, row, key),
-                                    row < n.s_q && key < n.s_k, slope);
+          s[i][e / 4][e % 4] = finish_score(p, s[i][e / 4][e % 4], mask_offset(p, b, h, row, key),
+                                            row < n.s_q && key < n.s_k, slope);
         }
       }
     }
@@ -108,13 +109,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
         // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out.
         const float base = most == -kInfinity ? 0.f : most;
-        const float correction = fast_exp2(top[i][r] - base);
+        const float correction = fast_exp2((top[i][r] - base) * (kGeneral ? kLog2E : 1.f));
         float sum = total[i][r] * correction;
 #pragma unroll
         for (int j = 0; j < 2 * kN; ++j) {
 #pragma unroll
           for (int e = 2 * r; e < 2 * r + 2; ++e) {
-            s[i][j][e] = fast_exp2(fmaf(s[i][j][e], factor, -base));
+            s[i][j][e] = fast_exp2(kGeneral ? (s[i][j][e] - base) * kLog2E
+                                            : fmaf(s[i][j][e], factor, -base));
             sum += s[i][j][e];
           }
         }
@@ -190,8 +192,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_fwd_kernel(Att
       const float inverse = sum == 0.f ? 0.f : 1.f / sum;
       const int row = warp * 16 * kM + 16 * i + 8 * r + lane / 4;
       if (f.lse != nullptr && lane % 4 == 0 && at.q0 + row < n.s_q) {
+        const float found =
+            kGeneral ? fmaf(log2f(sum), kLn2, top[i][r]) : (top[i][r] + log2f(sum)) * kLn2;
         store_global(f.lse + (at.b * p.H + at.h) * p.S_q + at.q0 + row,
-                     sum == 0.f ? kInfinity : (top[i][r] + log2f(sum)) * kLn2);
+                     sum == 0.f ? kInfinity : found);
       }
 #pragma unroll
       for (int j = 0; j < 2 * kD; ++j) {

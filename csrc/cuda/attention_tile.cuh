@@ -260,21 +260,26 @@ __device__ __forceinline__ float finish_score(const AttentionParams& p, float pr
 }
 
 // One weight and its gradient, given the product of query and key, that of dO and the value, and
-// the query's logsumexp (times log2(e)) and delta = dO . O. keep: what dropout makes of the weight.
+// the query's logsumexp (times kLseUnit) and delta = dO . O. keep: what dropout makes of the
+// weight.
 struct Weight {
   float p, ds;
 };
+// Powers of two where scores are near 0; what a mask adds may be near the largest float32, and
+// takes its factor once the logsumexp is taken away.
+template <bool kGeneral>
+constexpr float kLseUnit = kGeneral ? 1.f : kLog2E;
 template <bool kGeneral>
 __device__ __forceinline__ Weight weight_of(const AttentionParams& p, float product, float dp,
                                             float lse, float delta, float keep, bool is_seen,
                                             int64_t mask_at) {
-  float slope = 1.f, score;
+  float slope = 1.f, power;
   if constexpr (kGeneral) {
-    score = finish_score(p, product, mask_at, is_seen, slope) * kLog2E;
+    power = (finish_score(p, product, mask_at, is_seen, slope) - lse) * kLog2E;
   } else {
-    score = product * (p.scale * kLog2E);
+    power = product * (p.scale * kLog2E) - lse;
   }
-  const float w = is_seen ? fast_exp2(score - lse) : 0.f;
+  const float w = is_seen ? fast_exp2(power) : 0.f;
   Weight r = {w, w * (dp - delta)};
   if constexpr (kGeneral) r = {w * keep, w * fmaf(dp, keep, -delta) * slope};
   // A weight of 0 has gradient 0 even where dP is infinite or NaN: the key was not seen.
