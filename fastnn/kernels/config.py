@@ -91,8 +91,16 @@ def rows_config(columns: int, rows: int, arch: Arch, largest: int = 16384, step:
     return Rows(together, block, True, min(max(together * block // 512, 4), most))
 
 
+class Tile(NamedTuple):
+    """A program's tile of a kernel that treats every element alone."""
+
+    rows: int
+    block: int
+    warps: int
+
+
 @functools.cache
-def elementwise_config(columns: int, rows: int, arch: Arch) -> Rows:
+def elementwise_config(columns: int, rows: int, arch: Arch) -> Tile:
     """Tile of a kernel that treats every element alone.
 
     16 elements a thread are four loads of 16 bytes in float32, two in half precision, for each operand: enough in
@@ -101,7 +109,7 @@ def elementwise_config(columns: int, rows: int, arch: Arch) -> Rows:
     tile = 16384 if arch.name == "interpreted" else 2048
     block = min(power_of_2(columns, 16), tile)
     together = min(tile // block, power_of_2(rows))
-    return Rows(together, block, block >= columns, max(min(together * block // 512, 4), 1))
+    return Tile(together, block, max(min(together * block // 512, 4), 1))
 
 
 class Columns(NamedTuple):

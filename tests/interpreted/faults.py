@@ -132,9 +132,9 @@ FAULTS = [
     ),
     Fault(
         "activation: the gradient of the bias takes in the rows past the end",
-        "elementwise.py",
-        "        db += tl.where(inside, dx, 0.0)\n",
-        "        db += dx + 0.25\n",
+        "sums.py",
+        "        db += tl.where(inside, dz, 0.0)\n",
+        "        db += dz + 0.25\n",
         "activation/gelu_bias_rows/fp32",
     ),
     Fault(
