@@ -122,14 +122,13 @@ class Columns(NamedTuple):
 
 
 @functools.cache
-def columns_config(columns: int, rows: int, arch: Arch) -> Columns:
+def columns_config(columns: int, rows: int, arch: Arch, tall: int = 32) -> Columns:
     """Tile of a column sum.
 
     128 neighbouring columns are whole lines of memory. The rows are cut into as many parts as give each
     multiprocessor four programs, each at least one tile: more parts would be more partial sums to read again.
     """
     block = min(power_of_2(columns, 16), 128)
-    tall = 32
     blocks = cdiv(columns, block)
     parts = min(max(4 * arch.processors // blocks, 1), cdiv(rows, tall))
     return Columns(tall, block, parts, 4)

@@ -53,7 +53,7 @@ def slope_columns(
         bias = tl.load(bias_ptr + c, mask=c < n, other=0.0).to(tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(part * part_rows, end, ROWS):
-        r = start + tl.arange(0, ROWS)[:, None]
+        r = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (r < end) & (c < n)
         dz = tl.load(dy_ptr + r * dy_row + c * dy_column, mask=inside, other=0.0).to(tl.float32)
         if ACTIVATION != 0:
@@ -91,7 +91,8 @@ def slope_and_sum(
     """
     rows, n = dy.shape
     arch = arch_of(dy.device.index)
-    cut = columns_config(n, rows, arch)
+    # Tiles of 32 rows took up to 250 registers a thread, two programs a multiprocessor, and spilled on sm_120.
+    cut = columns_config(n, rows, arch, tall=16)
     parts = None if db is None else dy.new_empty((cut.parts, n), dtype=torch.float32)
     strides = (*dy.stride(), 0 if z is None else z.stride(0), cdiv(rows, cut.parts))
 
