@@ -91,8 +91,9 @@ def slope_and_sum(
     """
     rows, n = dy.shape
     arch = arch_of(dy.device.index)
-    # Tiles of 32 rows took up to 250 registers a thread, two programs a multiprocessor, and spilled on sm_120.
-    cut = columns_config(n, rows, arch, tall=16)
+    # 8 elements a thread are a load of 16 bytes of each operand in half precision. With 32 an activation's slope took
+    # up to 250 registers, two programs a multiprocessor, and spilled on sm_120, with 16 it spilled on sm_100.
+    cut = columns_config(n, rows, arch, tall=16, warps=8)
     parts = None if db is None else dy.new_empty((cut.parts, n), dtype=torch.float32)
     strides = (*dy.stride(), 0 if z is None else z.stride(0), cdiv(rows, cut.parts))
 
