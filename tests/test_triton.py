@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,22 @@ class TestAheadOfTime:
     """The compilers come with Triton; no GPU is needed."""
 
     TOOL = ROOT / "tools/triton_aot.py"
+
+    def test_every_kernel_is_compiled(self):
+        """The cases of the tool launch each kernel that the sources launch."""
+        code = """
+import sys
+sys.path.insert(0, "tools")
+import triton_aot
+from fastnn.kernels import config
+print(*{launch.kernel.__name__ for arch in ("sm_80", "sm_90")
+        for launch in triton_aot.launches(config.ARCHS[arch], "")})
+"""
+        status, out = run("-c", code)
+        sources = "".join(path.read_text() for path in (ROOT / "fastnn/kernels").glob("*.py"))
+        wanted = set(re.findall(r"^ +(\w+)\[(?:grid\]|\()", sources, re.MULTILINE))
+        assert status == 0 and len(wanted) > 20, out
+        assert wanted - set(out.split()) == set()
 
     @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
     def test_a_sample_compiles(self, arch):
