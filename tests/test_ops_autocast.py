@@ -97,6 +97,19 @@ def test_activation_dtypes(given, cast):
     assert x.grad.dtype == given
 
 
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+def test_rope_dtypes(given, cast):
+    """The type of query and key, whatever the tables have: autocast leaves products of tensors alone."""
+    x, _, _ = operands(given)
+    tables = [t.to(given) for t in fastnn.rope_tables(5, 12)]
+    with torch.autocast("cpu", dtype=cast):
+        query, key = fastnn.rope(x[None], 2 * x[None], *tables, 0, rotary_dim=12)
+    assert query.dtype == key.dtype == given
+    (query.sum() + key.sum()).backward()
+    assert x.grad.dtype == given
+
+
 def test_disabled_autocast_changes_nothing():
     leaves = operands(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):

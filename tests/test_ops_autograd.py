@@ -77,6 +77,8 @@ def test_double_backward(op, name):
         ("activation", "silu_float32_bias_rows"),
         ("activation", "gelu_pair_rows"),
         ("activation", "silu_packed_rows"),
+        ("rope", "halves_rows"),
+        ("rope", "neighbours_float32_tables"),
     ],
 )
 def test_double_backward_keeps_the_dtype(op, name, dtype):

@@ -29,6 +29,8 @@ RAW = (
     "linear_packed_fwd",
     "norm_bwd",
     "norm_fwd",
+    "rope_bwd",
+    "rope_fwd",
     "softmax_bwd",
     "softmax_fwd",
 )
@@ -71,6 +73,7 @@ def samples(dtype=torch.float32):
     yield from attention_samples(dtype)
     yield from norm_samples(x, deep, strided)
     yield from activation_samples(x, deep, strided)
+    yield from rope_samples(dtype)
 
 
 def cross_entropy_samples(x, strided):
@@ -131,6 +134,19 @@ def activation_samples(x, deep, strided):
     yield "activation_fwd", (scalar, None, None, 4, False)
     yield "activation_bwd", (scalar, scalar, scalar, None, 4, False, [False, True, False])
     yield "activation_bwd", (grad, x, None, x.float()[1], 4, False, [False, False, True])
+
+
+def rope_samples(dtype):
+    q, k, cos, sin = (tensor(*shape, dtype=dtype, seed=len(shape)) for shape in ((2, 4, 5, 6), (2, 2, 5, 6), (5, 6), (5, 6)))
+    at, inside = torch.tensor([3, 0, 4, 4, 1]), q.transpose(1, 2).contiguous().transpose(1, 2)
+    for interleaved in (False, True):
+        yield "rope_fwd", (q, k, cos, sin, None, 6, interleaved, 1)
+        yield "rope_fwd", (inside, k, cos[None], sin[None], None, 6, interleaved, 1)
+        yield "rope_fwd", (q.transpose(1, 2), None, cos.float(), sin.float(), at, 6, interleaved, 2)
+        yield "rope_fwd", (q, k.mT.contiguous().mT, cos[:, :2], sin[:, :2], at.expand(2, 5), 4, interleaved, 1)
+        yield "rope_bwd", (q, k, cos, sin, None, 6, interleaved, 1, [True, False])
+        yield "rope_bwd", (inside, None, cos[:, :2], sin[:, :2], at, 4, interleaved, 1, [False, False])
+        yield "rope_bwd", (None, k.transpose(1, 2), cos, sin, at, 6, interleaved, 2, [False, True])
 
 
 def handled(name, arguments):

@@ -8,6 +8,7 @@
 #include "params/limits.h"
 #include "params/linear.h"
 #include "params/norm.h"
+#include "params/rope.h"
 #include "params/softmax.h"
 
 namespace fastnn {
@@ -38,6 +39,9 @@ struct KernelTable {
   void (*activation_fwd)(const ActivationParams& p, const float* bias, const Block& block);
   void (*activation_bwd)(const ActivationBwdParams& p, const float* bias, const Block& block,
                          float* db);
+
+  // Blocks [begin, end) of rope_items(p); scratch: rope_scratch_floats(p).
+  void (*rope)(const RopeParams& p, int64_t begin, int64_t end, float* scratch);
 
   // (Batch entry, key head) pairs as the products take them: attention_key_floats and
   // attention_value_floats of each, 0 where they are read in place.

@@ -5,6 +5,7 @@ from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
 from .linear import linear
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rope import rope, rope_tables
 from .softmax import log_softmax, softmax
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "relu",
     "relu2",
     "rms_norm",
+    "rope",
+    "rope_tables",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

@@ -32,6 +32,7 @@ def cell(*names: str) -> tuple[str, ...]:
 SOFTMAX, GEMM = "csrc/cpu/kernels/softmax.h", "csrc/cpu/gemm/gemm.h"
 NORM = "csrc/cpu/kernels/norm.h"
 ACTIVATION = "csrc/cpu/kernels/activation.h"
+ROPE = "csrc/cpu/kernels/rope.h"
 PARAMETERS = "csrc/cpu/parameters.h"
 LINEAR, SIMD = "csrc/cpu/linear.cpp", "csrc/cpu/simd/"
 OPS = "fastnn/ops/"
@@ -667,6 +668,65 @@ ACTIVATION_FAULTS = [
     ),
 ]
 
+ROPE_FAULTS = [
+    Fault(
+        "rope: the rotation turns the wrong way",
+        ROPE,
+        "splat(p.inverse ? -1.f : 1.f)",
+        "splat(p.inverse ? 1.f : -1.f)",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: backward of free tables takes its own entry of the sine",
+        ROPE,
+        "angles.sin + (p.inverse ? second : 0);",
+        "angles.sin;",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: neighbours are exchanged before the sine in backward too",
+        ROPE,
+        "inverse ? swap_neighbours(turn * a[v]) : turn",
+        "inverse ? -turn * swap_neighbours(a[v]) : turn",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: features that are not rotated are not written",
+        ROPE,
+        "if (p.rotary < p.D) keep_rest(",
+        "if (p.rotary > p.D) keep_rest(",
+        cell("rope-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: positions of the first batch entry count for all",
+        "csrc/bindings/rope.cpp",
+        "p.positions_batch_stride = batch == 1 ? 0 : p.S;",
+        "p.positions_batch_stride = 0;",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: a position past the tables is read",
+        "csrc/bindings/rope.cpp",
+        "p.positions[i] < rows,",
+        "p.positions[i] <= rows,",
+        ("tests/test_ops_invalid.py::test_invalid_call[rope-fwd_positions_high]",),
+    ),
+    Fault(
+        "rope: heads side by side come back apart",
+        "csrc/bindings/rope.cpp",
+        "const bool swapped = inside == (call.heads_dim == 1);",
+        "const bool swapped = false;",
+        ("tests/test_ops_rope.py::test_memory_order_is_kept",),
+    ),
+    Fault(
+        "rope: the gradient of one of both is dropped",
+        f"{OPS}rope.py",
+        "if grads == [None, None]:",
+        "if None in grads:",
+        ("tests/test_ops_rope.py::test_one_of_both_gradients",),
+    ),
+]
+
 FAULTS = [
     *KERNEL_FAULTS,
     *BINDING_FAULTS,
@@ -675,4 +735,5 @@ FAULTS = [
     *ATTENTION_FAULTS,
     *NORM_FAULTS,
     *ACTIVATION_FAULTS,
+    *ROPE_FAULTS,
 ]

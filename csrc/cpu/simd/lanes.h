@@ -25,6 +25,16 @@ FASTNN_INLINE bool any_differs(Vec a, Vec b) {
 #endif
 }
 
+// Neighbouring lanes (0, 1), (2, 3), ... exchanged; the even ones negated.
+typedef uint64_t LanePairs __attribute__((vector_size(kLanes * 4)));
+FASTNN_INLINE Vec swap_neighbours(Vec v) {
+  const LanePairs pairs = (LanePairs)v;
+  return (Vec)((pairs << 32) | (pairs >> 32));
+}
+FASTNN_INLINE Vec negate_even(Vec v) {
+  return (Vec)((LanePairs)v ^ (uint64_t)0x80000000u);  // the low half is the even lane
+}
+
 template <int... I>
 FASTNN_INLINE IVec lane_numbers(std::integer_sequence<int, I...>) {
   return IVec{I...};
