@@ -14,10 +14,12 @@ from fastnn import (
     add_layer_norm,
     add_rms_norm,
     cross_entropy,
+    dropout_add,
     gelu,
     layer_norm,
     linear,
     log_softmax,
+    masked_softmax,
     relu2,
     rms_norm,
     rope,
@@ -59,6 +61,9 @@ def _rope(x, w, b, inside=False, **options):
 
 
 FUNCTIONS = {
+    "dropout_add": lambda x, w, b: dropout_add(2 * x, x, 0.3, False),
+    "masked_softmax": lambda x, w, b: masked_softmax(x, w.detach()[0] > -0.5, 0.3),
+    "masked_softmax_causal": lambda x, w, b: masked_softmax(x, w.detach()[:1], 0.3, True),
     "rope": _rope,
     "rope_heads_inside": functools.partial(_rope, inside=True, interleaved=True),
     "cross_entropy": _loss,

@@ -36,6 +36,18 @@ def functions():
     yield from norms()
     yield from glus()
     yield from ropes()
+    r = tensor(5, seed=7)
+    yield pytest.param(lambda x: fastnn.dropout_add(x, r.expand_as(x), 0.3, False), lambda x: x + r, id="dropout_add")
+    hidden = torch.arange(5) != 2
+    for name, mask in (("bool", hidden), ("additive", tensor(5, seed=6))):
+
+        def theirs(x, mask=mask):
+            x = 0.7 * x
+            return torch.softmax(x + mask if mask.is_floating_point() else x.masked_fill(~mask, -torch.inf), -1)
+
+        yield pytest.param(
+            lambda x, mask=mask: fastnn.masked_softmax(x, mask, 0.7), theirs, id=f"masked_softmax-{name}"
+        )
 
 
 def ropes():
@@ -223,6 +235,8 @@ def test_layer_under_functional_call(frozen):
         ("activation", "silu_pair_rows", "gate"),
         ("attention", "three_dims", "query"),
         ("rope", "halves_rows", "query"),
+        ("dropout_add", "rows_0.3", "input"),
+        ("masked_softmax", "rows_bool", "input"),
     ],
 )
 def test_forced_kernel_refuses_in_words(op, name, argument, extension):

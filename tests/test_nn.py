@@ -15,7 +15,6 @@ from torch import nn
 import fastnn
 from fastnn.ops.linear import ACTIVATIONS
 
-
 OWN = {"RotaryEmbedding"}  # torch has none
 
 

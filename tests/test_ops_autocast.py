@@ -99,6 +99,31 @@ def test_activation_dtypes(given, cast):
 
 @pytest.mark.parametrize("cast", HALVES)
 @pytest.mark.parametrize("given", TYPES)
+def test_masked_softmax_dtypes(given, cast):
+    """The input's type, as torch's softmax on a CPU."""
+    x, _, _ = operands(given)
+    with torch.autocast("cpu", dtype=cast):
+        ours = fastnn.masked_softmax(x, x.detach() > -0.5, 0.3)
+        assert ours.dtype == torch.softmax(x, -1).dtype == given
+    ours.square().sum().backward()
+    assert x.grad.dtype == given
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+def test_dropout_add_dtypes(given, cast):
+    """Of two types the wider one, as torch's addition, which autocast leaves alone."""
+    x, _, _ = operands(given)
+    with torch.autocast("cpu", dtype=cast):
+        assert fastnn.dropout_add(x, x.detach()).dtype == given
+        y = fastnn.dropout_add(x, x.detach().float())
+        assert y.dtype == (x + x.float()).dtype
+    y.sum().backward()
+    assert x.grad.dtype == given
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
 def test_rope_dtypes(given, cast):
     """The type of query and key, whatever the tables have: autocast leaves products of tensors alone."""
     x, _, _ = operands(given)

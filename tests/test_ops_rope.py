@@ -1,4 +1,4 @@
-"""What the matrix does not see of rope: Hugging Face's form, memory order, what is saved, tables and their gradients."""
+"""What the matrix does not see of rope: Hugging Face's form, memory order, what is saved, gradients of tables."""
 
 from __future__ import annotations
 
@@ -177,11 +177,12 @@ def test_other_types_run_on_the_reference():
 def test_without_a_batch_and_int32_positions():
     q, k, tables, at = inside(1), inside(1, h=1, seed=1), rope_tables(9, 8), torch.tensor([4, 0, 8, 8, 1])
     expected = rope(q, k, *tables, rotary_dim=8, positions=at)
+    turned = rope(q[0].transpose(0, 1), k[0].transpose(0, 1), *tables, rotary_dim=8, positions=at)
     for found in (
         rope(q[0], k[0], *tables, 0, rotary_dim=8, positions=at.int()),
         rope(q[0], k[0], *tables, -3, rotary_dim=8, positions=at),
-        [t.transpose(0, 1) for t in rope(q[0].transpose(0, 1), k[0].transpose(0, 1), *tables, rotary_dim=8, positions=at)],
-    ):  # fmt: skip
+        [t.transpose(0, 1) for t in turned],
+    ):
         assert all(same_bits(a.contiguous(), b[0].contiguous()) for a, b in zip(found, expected, strict=True))
 
 
@@ -219,7 +220,11 @@ class TestLayer:
         layer = RotaryEmbedding(8, 20)
         assert not layer.state_dict() and "8, 20" in repr(layer)
         before = layer.cos.clone()
-        for other in (layer.half(), copy.deepcopy(layer).double(), RotaryEmbedding(8, 20, device="meta").to_empty(device="cpu")):
+        for other in (
+            layer.half(),
+            copy.deepcopy(layer).double(),
+            RotaryEmbedding(8, 20, device="meta").to_empty(device="cpu"),
+        ):
             assert other.cos.dtype == torch.float32 and same_bits(other.cos, before)
 
     def test_a_length_beyond_its_positions_is_refused(self):

@@ -43,12 +43,11 @@ void read_positions(Call& call, const OptionalTensor& positions, int64_t rows, c
   FASTNN_CHECK(positions->scalar_type() == ScalarType::Long, TypeError, "fastnn::", op,
                ": positions must be int64, got ", dtype_name(positions->scalar_type()));
   const int64_t rank = positions->dim(), batch = rank == 2 ? positions->size(0) : 1;
-  FASTNN_CHECK((rank == 1 || rank == 2) && positions->size(rank - 1) == p.S &&
-                   (batch == 1 || batch == p.B),
-               ValueError, "fastnn::", op, ": positions must be (length,) or (batch or 1, length), ",
-               "batch ", p.B, " and length ", p.S, "; got shape ", shape_of(*positions));
-  call.holders[4] =
-      positions->is_contiguous() ? *positions : torch::stable::contiguous(*positions);
+  FASTNN_CHECK(
+      (rank == 1 || rank == 2) && positions->size(rank - 1) == p.S && (batch == 1 || batch == p.B),
+      ValueError, "fastnn::", op, ": positions must be (length,) or (batch or 1, length), ",
+      "batch ", p.B, " and length ", p.S, "; got shape ", shape_of(*positions));
+  call.holders[4] = positions->is_contiguous() ? *positions : torch::stable::contiguous(*positions);
   p.positions = static_cast<const int64_t*>(call.holders[4].const_data_ptr());
   p.positions_batch_stride = batch == 1 ? 0 : p.S;
   for (int64_t i = 0; i < batch * p.S; ++i) {
@@ -98,11 +97,11 @@ Tensor add_operand(Call& call, const Tensor& t, bool inside, const char* name, c
   FASTNN_CHECK(checked_dtype(t, op, name) == p.dtype, TypeError, "fastnn::", op, ": ", name,
                " must have query's type ", dtype_name(scalar_type(p.dtype)), ", got ",
                dtype_name(t.scalar_type()));
-  FASTNN_CHECK(t.dim() == 4 && t.size(0) == p.B && t.size(call.length_dim) == p.S &&
-                   t.size(3) == p.D,
-               ValueError, "fastnn::", op, ": ", name,
-               " must have query's shape in all but the heads: batch ", p.B, ", length ", p.S,
-               ", features ", p.D, "; got shape ", shape_of(t));
+  FASTNN_CHECK(
+      t.dim() == 4 && t.size(0) == p.B && t.size(call.length_dim) == p.S && t.size(3) == p.D,
+      ValueError, "fastnn::", op, ": ", name,
+      " must have query's shape in all but the heads: batch ", p.B, ", length ", p.S, ", features ",
+      p.D, "; got shape ", shape_of(t));
   const bool in_place = p.D <= 1 || t.stride(3) == 1;
   Tensor& holder = call.holders[p.count];
   holder = in_place ? t : torch::stable::contiguous(t);
@@ -148,10 +147,12 @@ std::tuple<Tensor, OptionalTensor> fwd(const Tensor& query, const OptionalTensor
 }
 
 // inside: whether query's (key's) gradient is laid out by positions and then heads.
-std::tuple<OptionalTensor, OptionalTensor> bwd(
-    const OptionalTensor& grad_query, const OptionalTensor& grad_key, const Tensor& cos,
-    const Tensor& sin, const OptionalTensor& positions, int64_t rotary_dim, bool interleaved,
-    int64_t heads_dim, std::vector<bool> inside, bool grad_handled) {
+std::tuple<OptionalTensor, OptionalTensor> bwd(const OptionalTensor& grad_query,
+                                               const OptionalTensor& grad_key, const Tensor& cos,
+                                               const Tensor& sin, const OptionalTensor& positions,
+                                               int64_t rotary_dim, bool interleaved,
+                                               int64_t heads_dim, std::vector<bool> inside,
+                                               bool grad_handled) {
   constexpr auto op = "rope_bwd";
   check_grad_handled(grad_handled, op);
   const DeviceScope scope(cos);

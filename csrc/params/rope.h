@@ -35,8 +35,8 @@ struct RopeParams {
   bool interleaved, inverse;
 };
 
-// Neighbouring positions of a batch entry are one block of work: what the tables hold for them stays
-// in the first cache while the heads go by.
+// Neighbouring positions of a batch entry are one block of work: what the tables hold for them
+// stays in the first cache while the heads go by.
 constexpr int64_t kRopePositions = 16;
 constexpr int64_t rope_items(const RopeParams& p) {
   return p.B * ((p.S + kRopePositions - 1) / kRopePositions);

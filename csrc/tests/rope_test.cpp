@@ -51,8 +51,15 @@ struct Call {
     for (int i = 0; i < 2; ++i) {
       const int64_t H = w.heads[i], head = w.inside ? w.D : w.S * w.D,
                     row = w.inside ? H * w.D : w.D;
-      p.operands[p.count++] = {x[i].memory.data(), y[i].memory.data(), H, H * w.S * w.D, head, row,
-                               H * w.S * w.D,      head,               row};
+      p.operands[p.count++] = {x[i].memory.data(),
+                               y[i].memory.data(),
+                               H,
+                               H * w.S * w.D,
+                               head,
+                               row,
+                               H * w.S * w.D,
+                               head,
+                               row};
     }
     p.cos = {cos.memory.data(), 0, w.width()};
     p.sin = {sin.memory.data(), 0, w.width()};

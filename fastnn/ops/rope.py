@@ -86,7 +86,7 @@ def _pair_of(table: Tensor, options: RopeOptions) -> tuple[Tensor, Tensor]:
 def rope_reference(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, options: RopeOptions, inverse: bool = False
 ) -> Tensor:
-    """Each pair (a, b) of features as (a cos - b sin, b cos + a sin), in plain PyTorch; inverse: the transpose of it."""
+    """Each pair (a, b) of features as (a cos - b sin, b cos + a sin), in plain PyTorch; inverse: the transpose."""
     if positions is not None:
         cos, sin = (torch.nn.functional.embedding(positions, table) for table in (cos, sin))
     (cos_a, cos_b), (sin_a, sin_b) = _pair_of(cos, options), _pair_of(sin, options)
@@ -132,7 +132,7 @@ class RopeFunction(torch.autograd.Function):
         cos, sin, positions = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grads = [grad if needed else None for grad, needed in zip((grad_query, grad_key), needs, strict=False)]
-        if grads == [None, None]:
+        if grads[0] is None and grads[1] is None:
             return (None,) * 7
         if torch.is_grad_enabled():
             found = [None if g is None else rope_reference(g, cos, sin, positions, ctx.options, True) for g in grads]
@@ -159,7 +159,7 @@ def _check_tensor(key: str, tensor: object, query: Tensor) -> None:
 def _check_query(query: object, unsqueeze_dim: object, rotary_dim: object, interleaved: object) -> None:
     _check_tensor("query", query, query)  # type: ignore[arg-type]  # its device is looked at last
     for name, value in (("unsqueeze_dim", unsqueeze_dim), ("rotary_dim", rotary_dim)):
-        if isinstance(value, bool) or not isinstance(value, int) and (value is not None or name == "unsqueeze_dim"):
+        if isinstance(value, bool) or (not isinstance(value, int) and (value is not None or name == "unsqueeze_dim")):
             raise TypeError(f"fastnn.rope: {name} must be an int, got {type(value).__name__}")
     if not isinstance(interleaved, bool):
         raise TypeError(f"fastnn.rope: interleaved must be a bool, got {type(interleaved).__name__}")

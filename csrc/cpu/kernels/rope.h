@@ -81,8 +81,7 @@ template <class T>
 FASTNN_INLINE void rotate_neighbours(const RopeParams& p, RopeAngles angles, const T* x, T* y,
                                      bool stream) {
   each_part<true>(
-      0, p.rotary,
-      [=, inverse = p.inverse](int64_t i, auto part) __attribute__((always_inline)) {
+      0, p.rotary, [=, inverse = p.inverse](int64_t i, auto part) __attribute__((always_inline)) {
         Vec a[part.kVectors], c[part.kVectors], s[part.kVectors];
         part.get(x + i, a);
         part.get(angles.cos + i, c);
