@@ -49,7 +49,7 @@ class RotaryEmbedding(torch.nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         was_meta = self.cos.is_meta
-        found = super()._apply(fn, recurse)
+        found = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.cos.dtype != torch.float32 or (was_meta and not self.cos.is_meta):
             self.cos, self.sin = rope_tables(self.max_positions, self.dim, self.theta, device=self.cos.device)
         return found
