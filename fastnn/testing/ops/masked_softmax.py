@@ -89,10 +89,11 @@ def _case(
 
 
 def _hidden(value: float, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
-    """This value wherever the mask hides it, and in the last row's tail where it does not."""
+    """This value wherever the mask hides it, and in the tail of the last row, where nothing is hidden."""
     found = _Masked((7, 37)).make(dtype, generator)
+    found["mask"][-1] = True
     found["input"] = found["input"].masked_fill(~found["mask"], value)
-    found["input"][-1, -1], found["mask"][-1, -1] = value, True
+    found["input"][-1, -1] = value
     return found
 
 
