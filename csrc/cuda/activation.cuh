@@ -111,32 +111,18 @@ __device__ __forceinline__ float activate_bwd(float dy, float s) {
   }
 }
 
-template <Activation A>
-struct ActivationTag {
-  static constexpr Activation value = A;
-};
 // Calls f with the activation as a compile-time tag.
 template <class F>
 __device__ __forceinline__ void with_activation(Activation a, F f) {
+  switch (a) { FASTNN_ACTIVATIONS(FASTNN_ACTIVATION_CASE) }
+}
+// The same where linear's are all there are: its kernels carry code for no others.
+template <class F>
+__device__ __forceinline__ void with_linear_activation(Activation a, F f) {
   switch (a) {
-    case Activation::kNone:
-      return f(ActivationTag<Activation::kNone>{});
-    case Activation::kRelu:
-      return f(ActivationTag<Activation::kRelu>{});
-    case Activation::kGelu:
-      return f(ActivationTag<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return f(ActivationTag<Activation::kGeluTanh>{});
-    case Activation::kSilu:
-      return f(ActivationTag<Activation::kSilu>{});
-    case Activation::kSigmoid:
-      return f(ActivationTag<Activation::kSigmoid>{});
-    case Activation::kTanh:
-      return f(ActivationTag<Activation::kTanh>{});
-    case Activation::kRelu2:
-      return f(ActivationTag<Activation::kRelu2>{});
-    case Activation::kHardswish:
-      return f(ActivationTag<Activation::kHardswish>{});
+    FASTNN_LINEAR_ACTIVATIONS(FASTNN_ACTIVATION_CASE)
+    default:
+      return;
   }
 }
 

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128)
     const bool counts = mine && !row.ignored && !row.bad;
     const Span<N> span(row.x, counts ? f.loss.classes : 0);
     LossSums s;
-#pragma unroll(Team::kIsBlock ? 2 : 1)
+#pragma unroll(Team::kIsBlock&& kKind != TargetKind::kProbabilities ? 2 : 1)
     for (int64_t k = team.member(); k < span.count; k += team.size()) {
       s.template add<kKind, N>(row, span.begin(k), span.n);
     }

@@ -110,7 +110,7 @@ __device__ __forceinline__ void write_result(const GemmArgs& p, const BlockTile&
   const int rows = p.M - t.m0 < kRows ? static_cast<int>(p.M - t.m0) : kRows;
   if (column >= p.N) return;
   auto each = [&](auto f) {
-#pragma unroll 4
+#pragma unroll 2
     for (int r = first; r < rows; r += kDown) {
       const float4* const from =
           reinterpret_cast<const float4*>(result + result_offset<kColumns>(r, c));
@@ -126,7 +126,7 @@ __device__ __forceinline__ void write_result(const GemmArgs& p, const BlockTile&
   }
   float bias[8];
   load_bias<T>(p, column, bias);
-  with_activation(p.activation, [&](auto tag) {
+  with_linear_activation(p.activation, [&](auto tag) {
     each([&](int64_t row, float (&x)[8]) {
       finish_eight<T, decltype(tag)::value>(p, row, column, x, bias);
     });
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(256) reduce_splits(GemmArgs p, int splits) {
   }
   float bias[8];
   load_bias<T>(p, column, bias);
-  with_activation(p.activation, [&](auto tag) {
+  with_linear_activation(p.activation, [&](auto tag) {
     finish_eight<T, decltype(tag)::value>(p, row, column, x, bias);
   });
 }

@@ -33,8 +33,8 @@ struct FloatOperand {
     vectors = on_boundary(data) && (along_depth ? line % 4 == 0 : line == 1 && step % 4 == 0);
   }
   // The place of a thread's four elements: lines next to each other or along the depth.
-  __device__ __forceinline__ void place(int turn, int& w, int& k) const {
-    const int i = threadIdx.x + turn * kThreads;
+  __device__ __forceinline__ void place(int thread, int turn, int& w, int& k) const {
+    const int i = thread + turn * kThreads;
     w = along_depth ? i / (kFloatDepth / 4) : i % (kTile / 4) * 4;
     k = along_depth ? i % (kFloatDepth / 4) * 4 : i / (kTile / 4);
   }
@@ -42,10 +42,12 @@ struct FloatOperand {
     return w < left && k < depth ? load_global(data + w * line + k * step) : 0.f;
   }
   __device__ __forceinline__ void load(int64_t k0) {
+    int thread = static_cast<int>(threadIdx.x);
+    renew(thread);  // places are computed again rather than kept in registers from step to step
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       int w, deep;
-      place(turn, w, deep);
+      place(thread, turn, w, deep);
       const int64_t k = k0 + deep;
       const bool whole = along_depth ? w < left && k + 4 <= depth : w + 4 <= left && k < depth;
       if (vectors && whole) {
@@ -66,7 +68,7 @@ struct FloatOperand {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       int w, k;
-      place(turn, w, k);
+      place(static_cast<int>(threadIdx.x), turn, w, k);
       const float4 v = make_float4(rounded(held[turn].x), rounded(held[turn].y),
                                    rounded(held[turn].z), rounded(held[turn].w));
       if (along_depth) {

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kSlopeThreads)
         x[i] = n + i < p.N ? to_float(load_element(row + (n + i) * p.dy.col_stride)) : 0.f;
     }
   };
-  with_activation(p.activation, [&](auto tag) {
+  with_linear_activation(p.activation, [&](auto tag) {
     constexpr Activation kActivation = decltype(tag)::value;
     tile.each_row([&](int64_t m) {
       float x[8], s[8];

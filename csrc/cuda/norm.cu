@@ -111,7 +111,8 @@ FASTNN_DEVICE void keep_stats(const NormParams& p, int64_t r, const Normaliser& 
 }
 
 template <class Team, int kValues, bool kRms, class T, class P>
-__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128) norm_held(NormParams p) {
+__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128, kHeldBlocks<Team, kValues>)
+    norm_held(NormParams p) {
   constexpr int N = kChunk<T>, C = kValues / N;
   FASTNN_SHARED(float, spare, Team::kSpare);
   Team team(spare);
@@ -135,10 +136,10 @@ __global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128) norm_held(NormPar
       }
       team.reduce(mean, Add{});
       mean[0] *= inverse;
-    }
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      centre(v[c], span.begin(team.member() + c * team.size()), span.n, pivot, mean[0]);
+      for (int c = 0; c < C; ++c) {
+        centre(v[c], span.begin(team.member() + c * team.size()), span.n, pivot, mean[0]);
+      }
     }
     float unit = 1.f;
     Moments m;

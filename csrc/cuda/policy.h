@@ -25,7 +25,8 @@ struct RowPlan {
 
 constexpr int64_t kMaxGrid = int64_t{1} << 30;
 constexpr int kMaxParts = 64;
-constexpr int kNeverSplit = 0;  // for `multiprocessors`: rows are never shared out
+constexpr int kSplitThreads = 512;  // of a block that has a part of a row
+constexpr int kNeverSplit = 0;      // for `multiprocessors`: rows are never shared out
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -62,7 +63,8 @@ constexpr RowPlan row_plan(int64_t rows, int64_t columns, int most_values, int m
   if (few_rows(rows, multiprocessors) && columns >= 2 * kLeastPart) {
     const auto parts = static_cast<int>(
         least(kMaxParts, least(columns / kLeastPart, ceil_div(2 * multiprocessors, rows))));
-    if (parts > 1) return {RowKind::kSplit, 512, values, 512, 1, parts, rows * parts};
+    if (parts > 1)
+      return {RowKind::kSplit, kSplitThreads, values, kSplitThreads, 1, parts, rows * parts};
   }
   const int held = static_cast<int>(least(values, 16));  // 64 registers a thread in blocks of 1024
   if (most_values != 0 && columns <= int64_t{1024} * held) {

@@ -50,6 +50,14 @@ struct BlockTeam {
     block_reduce(v, op, spare, turn);
   }
 };
+// Blocks of 128 threads, `kHeld` numbers of a row in each, that a multiprocessor has registers for:
+// ptxas left to itself aims at more for sm_120 and spills.
+template <class Team, int kHeld>
+constexpr int kHeldBlocks = Team::kIsBlock ? 1
+                            : kHeld <= 8   ? 8
+                            : kHeld <= 16  ? 5
+                                           : 4;
+
 template <class Team, class Op>
 FASTNN_DEVICE float reduce_one(Team& team, float v, Op op) {
   float one[1] = {v};

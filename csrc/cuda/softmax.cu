@@ -31,7 +31,8 @@ struct Result {
 };
 
 template <class Team, int kValues, class TX, class TY>
-__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128) softmax_held(SoftmaxParams p) {
+__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128, kHeldBlocks<Team, kValues>)
+    softmax_held(SoftmaxParams p) {
   constexpr int N = kChunk<TX, TY>, C = kValues / N;
   FASTNN_SHARED(float, spare, Team::kSpare);
   Team team(spare);
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(1024) softmax_stream(SoftmaxParams p) {
 }
 
 template <class TX>
-__global__ void __launch_bounds__(1024) softmax_parts(SoftmaxParams p, int parts, float2* found) {
+__global__ void __launch_bounds__(kSplitThreads)
+    softmax_parts(SoftmaxParams p, int parts, float2* found) {
   constexpr int N = kChunk<TX>;
   FASTNN_SHARED(float, spare, kReduceSpare);
   BlockTeam team(spare);
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(1024) softmax_parts(SoftmaxParams p, int parts
   if (threadIdx.x == 0) store_global(found + blockIdx.x, make_float2(s.max, s.sum));
 }
 template <class TX, class TY>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kSplitThreads)
     softmax_write_parts(SoftmaxParams p, int parts, const float2* found) {
   constexpr int N = kChunk<TX>;
   const int64_t r = blockIdx.x / static_cast<unsigned>(parts);

@@ -25,7 +25,7 @@ struct Row {
 };
 
 template <class Team, int kValues, class TY, class TX>
-__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128)
+__global__ void __launch_bounds__(Team::kIsBlock ? 1024 : 128, kHeldBlocks<Team, 2 * kValues>)
     softmax_bwd_held(SoftmaxBwdParams p) {
   constexpr int N = kChunk<TY, TX>, C = kValues / N;
   FASTNN_SHARED(float, spare, Team::kSpare);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(1024) softmax_bwd_stream(SoftmaxBwdParams p) {
 }
 
 template <class TY, class TX>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kSplitThreads)
     softmax_bwd_parts(SoftmaxBwdParams p, int parts, float* found) {
   constexpr int N = kChunk<TY, TX>;
   FASTNN_SHARED(float, spare, kReduceSpare);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(1024)
   if (threadIdx.x == 0) store_global(found + blockIdx.x, sum);
 }
 template <class TY, class TX>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kSplitThreads)
     softmax_bwd_write_parts(SoftmaxBwdParams p, int parts, const float* found) {
   constexpr int N = kChunk<TY, TX>;
   const int64_t r = blockIdx.x / static_cast<unsigned>(parts);

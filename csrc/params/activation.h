@@ -4,19 +4,27 @@
 
 namespace fastnn {
 
-// The order is that of fastnn.ops.activation.ACTIVATIONS.
-enum class Activation : int32_t {
-  kNone,
-  kRelu,
-  kGelu,
-  kGeluTanh,
-  kSilu,
-  kSigmoid,
-  kTanh,
-  kRelu2,
-  kHardswish,
+// The order is that of fastnn.ops.activation.ACTIVATIONS; linear applies those up to tanh.
+#define FASTNN_LINEAR_ACTIVATIONS(X) \
+  X(kNone) X(kRelu) X(kGelu) X(kGeluTanh) X(kSilu) X(kSigmoid) X(kTanh)
+#define FASTNN_ACTIVATIONS(X) FASTNN_LINEAR_ACTIVATIONS(X) X(kRelu2) X(kHardswish)
+
+#define FASTNN_NAME(name) name,
+enum class Activation : int32_t { FASTNN_ACTIVATIONS(FASTNN_NAME) };
+#undef FASTNN_NAME
+#define FASTNN_ONE(name) +1
+constexpr int32_t kActivationCount = FASTNN_ACTIVATIONS(FASTNN_ONE);
+constexpr int32_t kLinearActivationCount = FASTNN_LINEAR_ACTIVATIONS(FASTNN_ONE);
+#undef FASTNN_ONE
+
+// An activation as a compile-time tag, and the cases of a switch that calls f with it.
+template <Activation A>
+struct ActivationTag {
+  static constexpr Activation value = A;
 };
-constexpr int32_t kActivationCount = 9;
+#define FASTNN_ACTIVATION_CASE(name) \
+  case Activation::name:             \
+    return f(ActivationTag<Activation::name>{});
 
 // A part of a matrix.
 struct Block {

@@ -4,9 +4,6 @@
 
 namespace fastnn {
 
-// The activations that linear applies: those up to tanh.
-constexpr int32_t kLinearActivationCount = 7;
-
 // Element (i, j) of a matrix lies at data[i * row_stride + j * col_stride].
 struct Matrix {
   const void* data;

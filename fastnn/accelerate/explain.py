@@ -49,6 +49,8 @@ class Part:
     """Why no kernel would run it; empty where one would."""
     limit_ms: float | None = None
     """The least that this machine could take for it; None where its work is not counted or the limits are not known."""
+    note: str = ""
+    """What slows the kernel down; empty where nothing does."""
 
     @property
     def limit_share(self) -> float | None:
@@ -68,6 +70,11 @@ class _Line:
     limit_ms: float | None
 
 
+def _outcome(line: _Line) -> str:
+    part = line.part
+    return f"{part.kernel}{part.note and f' ({part.note})'}" if part.kernel else f"- {part.why_not}"
+
+
 def _limit(line: _Line) -> str:
     return "" if line.limit_ms is None or not line.ms else f"{100 * line.limit_ms / line.ms:.0f} %"
 
@@ -78,7 +85,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("ms", lambda line: f"{line.ms:.2f}", "right"),
     Column("time", lambda line: f"{100 * line.share:.1f} %", "right", "bold"),
     Column("of limit", _limit, "right"),
-    Column("fastnn", lambda line: line.part.kernel or f"- {line.part.why_not}", wraps=True),
+    Column("fastnn", _outcome, wraps=True),
 )
 """The table's columns: each turns a line into text."""
 
@@ -107,7 +114,7 @@ class Explanation:
         """The parts by the pattern of their names, the longest first."""
         groups: dict[tuple[str, ...], list[Part]] = {}
         for part in self.parts:
-            groups.setdefault((pattern(part.name), part.kind, part.kernel, part.why_not), []).append(part)
+            groups.setdefault((pattern(part.name), part.kind, part.kernel, part.why_not, part.note), []).append(part)
         lines = [
             _Line(
                 parts[0],
@@ -176,7 +183,9 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
             ms = 1e3 * seconds / _RUNS
             kind = type(module).__name__
             least = clock.least_ms(module, limits)
-            parts.append(Part(name, kind, calls // _RUNS, ms, seconds / total, kernel, backend, isa, why_not, least))
+            note = _BY_ELEMENTS if kernel.startswith("linear") and backend == "cuda" and module in clock.strided else ""
+            share = seconds / total
+            parts.append(Part(name, kind, calls // _RUNS, ms, share, kernel, backend, isa, why_not, least, note))
     return Explanation(tuple(sorted(parts, key=lambda part: -part.ms)), 1e3 * total / _RUNS)
 
 
@@ -205,6 +214,16 @@ def _outlook(module: Module, found: Finding | None) -> tuple[str, str, str]:
     return kernel + (f" + {found.activation or 'sum'}" if found.fusion else ""), found.backend, ""
 
 
+_BY_ELEMENTS = "its operands are read one element at a time: no 16-byte copies of their rows"
+
+
+def copied_by_16_bytes(t: Tensor) -> bool:
+    """Whether the CUDA kernels can copy rows of an operand of half precision by 16 bytes; csrc/cuda/linear.cu, lies."""
+    strides = [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+    steps = [stride for stride in strides if stride != 1]
+    return t.data_ptr() % 16 == 0 and (len(steps) < len(strides) or not strides) and all(s % 8 == 0 for s in steps)
+
+
 _Like = tuple[torch.Size, torch.dtype]
 
 
@@ -219,6 +238,8 @@ class _Clock:
         self._device = device
         self.own: dict[Module, tuple[float, int]] = {}
         self.total = 0.0
+        self.strided: set[Module] = set()
+        """Modules on a GPU with an operand of half precision that is not copied by 16 bytes."""
         self._seen: dict[Module, list[tuple[_Like, _Like] | None]] = {}
         """Input and result of each call, by shape and type; None where they are no tensors."""
         self._open: list[list[float]] = []
@@ -249,6 +270,9 @@ class _Clock:
         given = args[0] if isinstance(args, tuple) and args else None
         seen = (_like(given), _like(output)) if isinstance(given, Tensor) and isinstance(output, Tensor) else None
         self._seen.setdefault(module, []).append(seen)
+        operands = [t for t in (given, getattr(module, "weight", None)) if isinstance(t, Tensor)]
+        if self._device == "cuda" and any(t.itemsize == 2 and not copied_by_16_bytes(t) for t in operands):
+            self.strided.add(module)
         if self._open:
             self._open[-1][1] += took
         else:

@@ -2,7 +2,6 @@
 // prints "right", or what is wrong. Built under AddressSanitizer and ThreadSanitizer, and with
 // faults planted into the kernels' source (tests/test_cuda_emu_faults.py).
 #include <cmath>
-#include <cstdio>
 #include <memory>
 #include <vector>
 
@@ -11,27 +10,15 @@
 #include "cuda/cross_entropy.h"
 #include "cuda/norm.h"
 #include "cuda/softmax.h"
+#include "expect.h"
 
 namespace fastnn {
 namespace {
 
-int g_wrong = 0;
-
-using Buffer = std::unique_ptr<float[]>;
-Buffer buffer(int64_t n) { return Buffer(new float[static_cast<size_t>(n)]); }
-Buffer values(int64_t n, unsigned seed) {
-  Buffer b = buffer(n);
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal;
-  for (int64_t i = 0; i < n; ++i) b[static_cast<size_t>(i)] = normal(random);
-  return b;
-}
 Buffer workspace(int64_t bytes) { return buffer((bytes + 3) / 4); }
 
-void expect(const char* what, int64_t rows, int64_t n, double got, double want, double scale) {
-  if (std::fabs(got - want) <= 1e-4 * scale || ++g_wrong > 5) return;
-  std::printf("wrong: %s %ld x %ld: %g, not %g\n", what, static_cast<long>(rows),
-              static_cast<long>(n), got, want);
+void expect_near(const char* what, int64_t rows, int64_t n, double got, double want, double scale) {
+  expect(what, rows, n, got, want, 1e-4 * scale);
 }
 
 // Forward and backward of one row shape; rows lie `gap` elements apart, from one element on where
@@ -54,8 +41,9 @@ void softmax(int64_t rows, int64_t n, int64_t gap, bool odd, bool log) {
     for (int64_t i = 0; i < n; ++i) dot += log ? g[i] : g[i] * std::exp(double{xr[i]}) / sum;
     for (int64_t i = 0; i < n; ++i) {
       const double q = std::exp(double{xr[i]}) / sum;
-      expect("softmax", rows, n, y[r * n + i], log ? std::log(q) : q, log ? 1.0 : 1.0 / n);
-      expect("its gradient", rows, n, dx[r * n + i], log ? g[i] - q * dot : q * (g[i] - dot), 1.0);
+      expect_near("softmax", rows, n, y[r * n + i], log ? std::log(q) : q, log ? 1.0 : 1.0 / n);
+      expect_near("its gradient", rows, n, dx[r * n + i], log ? g[i] - q * dot : q * (g[i] - dot),
+                  1.0);
     }
   }
 }
@@ -104,16 +92,16 @@ void norm(int64_t rows, int64_t n, bool rms) {
       gh += g * h / n;
       want_dw[i] += dy[r * n + i] * h;
       want_db[i] += dy[r * n + i];
-      expect("norm", rows, n, y[r * n + i], h * w[i] + (rms ? 0.0 : bias[i]), 1.0);
+      expect_near("norm", rows, n, y[r * n + i], h * w[i] + (rms ? 0.0 : bias[i]), 1.0);
     }
     for (int64_t i = 0; i < n; ++i) {
       const double h = (at(i) - mean) * rstd, g = double{dy[r * n + i]} * w[i];
-      expect("its gradient", rows, n, dx[r * n + i], rstd * (g - g_sum - h * gh), 3.0 + rstd);
+      expect_near("its gradient", rows, n, dx[r * n + i], rstd * (g - g_sum - h * gh), 3.0 + rstd);
     }
   }
   for (int64_t i = 0; i < n; ++i) {
-    expect("dw", rows, n, dw[i], want_dw[i], static_cast<double>(rows));
-    expect("db", rows, n, db[i], want_db[i], static_cast<double>(rows));
+    expect_near("dw", rows, n, dw[i], want_dw[i], static_cast<double>(rows));
+    expect_near("db", rows, n, db[i], want_db[i], static_cast<double>(rows));
   }
 }
 
@@ -147,13 +135,13 @@ void activation(int64_t rows, int64_t n, bool product) {
     const double z = double{x[i]} + (product ? 0.0 : other[i % n]);
     const double sigmoid = 1.0 / (1.0 + std::exp(-z)), f = product ? other[i] : 1.0;
     const double slope = dy[i] * f * sigmoid * (1.0 + z * (1.0 - sigmoid));
-    expect("activation", rows, n, y[i], z * sigmoid * f, 4.0);
-    expect("its gradient", rows, n, dx[i], slope, 4.0);
-    if (product) expect("d_factor", rows, n, d_other[i], dy[i] * z * sigmoid, 4.0);
+    expect_near("activation", rows, n, y[i], z * sigmoid * f, 4.0);
+    expect_near("its gradient", rows, n, dx[i], slope, 4.0);
+    if (product) expect_near("d_factor", rows, n, d_other[i], dy[i] * z * sigmoid, 4.0);
     sums[i % n] += slope;
   }
   for (int64_t i = 0; i < n && !product; ++i) {
-    expect("the bias's", rows, n, d_other[i], sums[i], static_cast<double>(rows));
+    expect_near("the bias's", rows, n, d_other[i], sums[i], static_cast<double>(rows));
   }
 }
 
@@ -188,17 +176,62 @@ void cross_entropy(int64_t rows, int64_t n, float smoothing) {
     for (int64_t i = 0; i < n; ++i) {
       const double share = (i == t ? 1.0 - smoothing : 0.0) + smoothing / n;
       const double want = t < 0 ? 0.0 : (std::exp(double{xr[i]}) / sum - share) / count;
-      expect("the loss's gradient", rows, n, dx[r * n + i], want, 1.0 / count);
+      expect_near("the loss's gradient", rows, n, dx[r * n + i], want, 1.0 / count);
     }
   }
-  expect("cross-entropy", rows, n, loss[0], total / count, total / count);
+  expect_near("cross-entropy", rows, n, loss[0], total / count, total / count);
+}
+
+void far_rows() {
+  constexpr int64_t kColumns = 40, kStride = FarRows<float>::kStride;
+  const FarRows<float> x(values(kColumns, 1).get(), kColumns);
+  const Buffer y = buffer(2 * kColumns), stats = buffer(4), divisors = buffer(2), loss = buffer(2);
+  const auto f = DType::kFloat32;
+  const SoftmaxParams s = {x.data, y.get(), 2, kColumns, 1, kStride, f, f, false};
+  fastnn_cuda_softmax_fwd(&s, nullptr, nullptr);
+  expect_equal_rows("softmax of far rows", y.get(), kColumns);
+  NormParams n = {};
+  n.rows = 2;
+  n.columns = kColumns;
+  n.x = x.data;
+  n.x_row_stride = kStride;
+  n.y = y.get();
+  n.eps = 1e-5f;
+  fastnn_cuda_norm_fwd(&n, nullptr, nullptr);
+  expect_equal_rows("norm of far rows", y.get(), kColumns);
+  ActivationParams a = {};
+  a.rows = 2;
+  a.columns = kColumns;
+  a.x = x.data;
+  a.x_row_stride = kStride;
+  a.y = y.get();
+  a.activation = Activation::kSilu;
+  fastnn_cuda_activation_fwd(&a, nullptr, nullptr);
+  expect_equal_rows("activation of far rows", y.get(), kColumns);
+  const int64_t target[2] = {3, 3};
+  CrossEntropyParams c = {};
+  c.rows = 2;
+  c.classes = kColumns;
+  c.x = x.data;
+  c.x_row_stride = kStride;
+  c.target = target;
+  const CudaLossFwdParams l = {c,          nullptr,     LossReduction::kNone,
+                               loss.get(), stats.get(), divisors.get()};
+  const Buffer memory = workspace(fastnn_cuda_cross_entropy_fwd_workspace(&l));
+  fastnn_cuda_cross_entropy_fwd(&l, memory.get(), nullptr);
+  expect_equal_rows("loss of far rows", loss.get(), 1);
 }
 
 }  // namespace
 }  // namespace fastnn
 
-int main() {
+// With an argument: rows far apart instead.
+int main(int count, char**) {
   using namespace fastnn;
+  if (count > 1) {
+    far_rows();
+    return report();
+  }
   // Of lanes, of a warp, of a block, and, for a machine of 132 multiprocessors, shared out.
   for (const bool log : {false, true}) {
     softmax(5, 7, 0, false, log);
@@ -221,6 +254,5 @@ int main() {
     activation(70, 300, product);
     activation(1, 5000, product);
   }
-  if (g_wrong == 0) std::printf("right\n");
-  return 0;
+  return report();
 }

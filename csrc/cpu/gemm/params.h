@@ -4,24 +4,12 @@
 
 namespace fastnn {
 
-// One step of the small program that runs on a finished tile of float32 sums while it is in L1. A
-// program, not template parameters: instruction sets x types x activations must not multiply into
-// the build.
-enum class StepKind : int32_t {
-  kBias,      // add bias[n]
-  kActivate,  // apply the activation
-  kStore,     // write the tile, as it is at this point, to a second output
-};
-struct Step {
-  StepKind kind;
-  Activation activation;
-  const float* bias;  // readable up to N rounded up to a strip
-  void* out;          // row stride N, type of c
-};
-constexpr int kMaxSteps = 4;
+// What happens to a finished tile of float32 sums while it is in L1, in this order. Values, not
+// template parameters: instruction sets x types x options must not multiply into the build.
 struct Epilogue {
-  int32_t count;
-  Step steps[kMaxSteps];
+  const float* bias;  // added, by column; readable up to N rounded up to a strip; or null
+  void* pre;          // takes what the activation is applied to: row stride N, type of c; or null
+  Activation activation;
 };
 
 // c (M x N, contiguous) = epilogue(a (M x K) b (K x N)).

@@ -139,32 +139,9 @@ FASTNN_INLINE Vec activate_bwd(Vec dy, Vec s) {
 }
 
 // Calls f with the activation as a compile-time tag.
-template <Activation A>
-struct ActivationTag {
-  static constexpr Activation value = A;
-};
 template <class F>
 FASTNN_INLINE void with_activation(Activation a, F&& f) {
-  switch (a) {
-    case Activation::kNone:
-      return f(ActivationTag<Activation::kNone>{});
-    case Activation::kRelu:
-      return f(ActivationTag<Activation::kRelu>{});
-    case Activation::kGelu:
-      return f(ActivationTag<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return f(ActivationTag<Activation::kGeluTanh>{});
-    case Activation::kSilu:
-      return f(ActivationTag<Activation::kSilu>{});
-    case Activation::kSigmoid:
-      return f(ActivationTag<Activation::kSigmoid>{});
-    case Activation::kTanh:
-      return f(ActivationTag<Activation::kTanh>{});
-    case Activation::kRelu2:
-      return f(ActivationTag<Activation::kRelu2>{});
-    case Activation::kHardswish:
-      return f(ActivationTag<Activation::kHardswish>{});
-  }
+  switch (a) { FASTNN_ACTIVATIONS(FASTNN_ACTIVATION_CASE) }
 }
 
 }  // namespace
