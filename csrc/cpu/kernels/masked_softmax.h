@@ -29,18 +29,40 @@ FASTNN_INLINE float masked_scores(const T* x, float scale, float* kept, int64_t 
   return max_lanes(max(top[0], top[1]));
 }
 
-FASTNN_INLINE int64_t mask_offset(const MaskedSoftmaxParams& p, int64_t row) {
-  int64_t offset = 0;
-  for (int32_t d = p.dims - 1; d >= 0; --d) {
-    offset += row % p.sizes[d] * p.mask_strides[d];
-    row /= p.sizes[d];
+// Row after row: where its mask lies, and which of the causal queries it is. Counted on, since a
+// division for each dimension takes as long as a short row.
+class MaskedRow {
+ public:
+  FASTNN_INLINE MaskedRow(const MaskedSoftmaxParams& p, int64_t row)
+      : p_(p), query_(p.queries == 0 ? 0 : row % p.queries) {
+    for (int32_t d = p.dims - 1; d >= 0; --d) {
+      at_[d] = row % p.sizes[d];
+      offset_ += at_[d] * p.mask_strides[d];
+      row /= p.sizes[d];
+    }
   }
-  return offset;
-}
+  FASTNN_INLINE void next() {
+    if (++query_ == p_.queries) query_ = 0;
+    for (int32_t d = p_.dims - 1; d >= 0; --d) {
+      offset_ += p_.mask_strides[d];
+      if (++at_[d] < p_.sizes[d]) return;
+      offset_ -= p_.sizes[d] * p_.mask_strides[d];
+      at_[d] = 0;
+    }
+  }
+  FASTNN_INLINE int64_t mask_offset() const { return offset_; }
+  FASTNN_INLINE int64_t seen() const {  // columns
+    return p_.queries == 0 || query_ + 1 > p_.columns ? p_.columns : query_ + 1;
+  }
+
+ private:
+  const MaskedSoftmaxParams& p_;
+  int64_t query_, offset_ = 0, at_[kMaskDims] = {};
+};
 
 template <class T>
-FASTNN_INLINE float scores_of(const MaskedSoftmaxParams& p, int64_t row, float* kept, int64_t n) {
-  const T* const x = static_cast<const T*>(p.x) + row * p.x_row_stride;
+FASTNN_INLINE float scores_of(const MaskedSoftmaxParams& p, const T* x, int64_t mask_offset,
+                              float* kept, int64_t n) {
   float top = 0.f;
   if (p.mask_kind == MaskKind::kNone) {
     return masked_scores<float>(x, p.scale, kept, n,
@@ -48,7 +70,7 @@ FASTNN_INLINE float scores_of(const MaskedSoftmaxParams& p, int64_t row, float* 
   }
   with_mask(p.mask_kind, p.mask_dtype, p.mask, [&](const auto* first) {
     using M = std::remove_cv_t<std::remove_pointer_t<decltype(first)>>;
-    const M* const mask = first + mask_offset(p, row);
+    const M* const mask = first + mask_offset;
     if (p.mask_column_stride == 0) {
       const Vec all = splat(to_float(*mask));
       top = masked_scores<M>(x, p.scale, kept, n,
@@ -65,12 +87,13 @@ FASTNN_INLINE float scores_of(const MaskedSoftmaxParams& p, int64_t row, float* 
 
 template <class T, bool kStream>
 void masked_softmax_rows(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* scratch) {
-  for (int64_t r = begin; r < end; ++r) {
+  MaskedRow row(p, begin);
+  for (int64_t r = begin; r < end; ++r, row.next()) {
+    const T* const x = static_cast<const T*>(p.x) + r * p.x_row_stride;
     T* const y = static_cast<T*>(p.y) + r * p.columns;
     float* const kept = p.keeps_in_place() ? reinterpret_cast<float*>(y) : scratch;
-    const int64_t seen = p.queries == 0 ? p.columns : r % p.queries + 1;
-    const int64_t n = seen < p.columns ? seen : p.columns;
-    const float top = scores_of<T>(p, r, kept, n);
+    const int64_t n = row.seen();
+    const float top = scores_of(p, x, row.mask_offset(), kept, n);
     // Nothing takes part: exponentials about 0 are 0, and so is their sum, unless there is a NaN.
     const float sum = row_exp_sum<true>(kept, top == -__builtin_inff() ? 0.f : top, kept, n);
     std::memset(kept + n, 0, (size_t)(p.columns - n) * sizeof(float));
