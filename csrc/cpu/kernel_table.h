@@ -5,9 +5,12 @@
 #include "params/activation.h"
 #include "params/attention.h"
 #include "params/cross_entropy.h"
+#include "params/dropout_add.h"
 #include "params/limits.h"
 #include "params/linear.h"
+#include "params/masked_softmax.h"
 #include "params/norm.h"
+#include "params/rope.h"
 #include "params/softmax.h"
 
 namespace fastnn {
@@ -21,6 +24,9 @@ struct KernelTable {
   int64_t (*softmax_items)(int64_t outer, int64_t inner);
   void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
   void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
+
+  // Rows [begin, end); kept: a row of floats where y cannot hold them (MaskedSoftmaxParams).
+  void (*masked_softmax_fwd)(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* kept);
 
   // Rows [begin, end).
   void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
@@ -38,6 +44,12 @@ struct KernelTable {
   void (*activation_fwd)(const ActivationParams& p, const float* bias, const Block& block);
   void (*activation_bwd)(const ActivationBwdParams& p, const float* bias, const Block& block,
                          float* db);
+
+  // The block, whose columns begin at a multiple of 64.
+  void (*dropout_add)(const DropoutAddParams& p, const Block& block);
+
+  // Blocks [begin, end) of rope_items(p); scratch: rope_scratch_floats(p).
+  void (*rope)(const RopeParams& p, int64_t begin, int64_t end, float* scratch);
 
   // (Batch entry, key head) pairs as the products take them: attention_key_floats and
   // attention_value_floats of each, 0 where they are read in place.

@@ -5,6 +5,7 @@ from .attention import MultiheadAttention
 from .linear import Linear
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
+from .rope import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MultiheadAttention",
     "RMSNorm",
     "ReLU",
+    "RotaryEmbedding",
     "SiLU",
     "Sigmoid",
     "Softmax",

@@ -32,6 +32,7 @@ def cell(*names: str) -> tuple[str, ...]:
 SOFTMAX, GEMM = "csrc/cpu/kernels/softmax.h", "csrc/cpu/gemm/gemm.h"
 NORM = "csrc/cpu/kernels/norm.h"
 ACTIVATION = "csrc/cpu/kernels/activation.h"
+MASKED, ROPE = "csrc/cpu/kernels/masked_softmax.h", "csrc/cpu/kernels/rope.h"
 PARAMETERS = "csrc/cpu/parameters.h"
 LINEAR, SIMD = "csrc/cpu/linear.cpp", "csrc/cpu/simd/"
 OPS = "fastnn/ops/"
@@ -667,6 +668,134 @@ ACTIVATION_FAULTS = [
     ),
 ]
 
+MASKED_FAULTS = [
+    Fault(
+        "masked_softmax: a row in which nothing takes part is NaN",
+        MASKED,
+        "top == -__builtin_inff() ? 0.f : top",
+        "top",
+        cell("masked_softmax-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "masked_softmax: a boolean mask lets NaN through",
+        "csrc/cpu/kernels/mask.h",
+        "if constexpr (__is_same(M, MaskByte)) return select(",
+        "if constexpr (sizeof(M) == 0) return select(",
+        cell("masked_softmax-fp32-{isa}-nonfinite"),
+    ),
+    Fault(
+        "masked_softmax: a row is not cleared past the diagonal",
+        MASKED,
+        "    std::memset(kept + n, 0, (size_t)(p.columns - n) * sizeof(float));\n",
+        "",
+        cell("masked_softmax-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "masked_softmax: a mask of heads is that of the first",
+        "csrc/bindings/masked_softmax.cpp",
+        "at < 0 || holder.size(at) == 1 ? 0 : holder.stride(at)",
+        "at < 0 || d + 2 < rank || holder.size(at) == 1 ? 0 : holder.stride(at)",
+        cell("masked_softmax-fp32-{isa}-leading_dims"),
+    ),
+    Fault(
+        "masked_softmax: the gradient lacks the scale",
+        SOFTMAX,
+        "sum, kLog) * factor;",
+        "sum, kLog);",
+        cell("masked_softmax-bf16-{isa}-contiguous"),
+    ),
+]
+
+DROPOUT_FAULTS = [
+    Fault(
+        "dropout_add: another mask in backward",
+        "csrc/bindings/dropout_add.cpp",
+        "  call.y = dx.mutable_data_ptr();\n",
+        "  call.y = dx.mutable_data_ptr();\n  call.seed += 1;\n",
+        cell("dropout_add-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "dropout_add: rows share their mask",
+        "csrc/cpu/kernels/dropout_add.h",
+        "(uint64_t)r * groups + (uint64_t)i / 4",
+        "(uint64_t)i / 4",
+        cell("dropout_add-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "dropout_add: what is kept is not divided by 1 - p",
+        "csrc/cpu/kernels/dropout_add.h",
+        "const float scale = 1.f / (1.f - p.p);",
+        "const float scale = 1.f;",
+        cell("dropout_add-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "philox: odd counters are the even ones",
+        f"{SIMD}philox.h",
+        "odd = multiply_low((LanePairs)a >> 32, m);",
+        "odd = even;",
+        cell("dropout_add-fp32-{isa}-contiguous"),
+    ),
+]
+
+ROPE_FAULTS = [
+    Fault(
+        "rope: the rotation turns the wrong way",
+        ROPE,
+        "splat(p.inverse ? -1.f : 1.f)",
+        "splat(p.inverse ? 1.f : -1.f)",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: backward of free tables takes its own entry of the sine",
+        ROPE,
+        "angles.sin + (p.inverse ? second : 0);",
+        "angles.sin;",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: neighbours are exchanged before the sine in backward too",
+        ROPE,
+        "inverse ? swap_neighbours(turn * a[v]) : turn",
+        "inverse ? -turn * swap_neighbours(a[v]) : turn",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: features that are not rotated are not written",
+        ROPE,
+        "if (p.rotary < p.D) keep_rest(",
+        "if (p.rotary > p.D) keep_rest(",
+        cell("rope-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: positions of the first batch entry count for all",
+        "csrc/bindings/rope.cpp",
+        "p.positions_batch_stride = batch == 1 ? 0 : p.S;",
+        "p.positions_batch_stride = 0;",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: a position past the tables is read",
+        "csrc/bindings/rope.cpp",
+        "p.positions[i] < rows,",
+        "p.positions[i] <= rows,",
+        ("tests/test_ops_invalid.py::test_invalid_call[rope-fwd_positions_high]",),
+    ),
+    Fault(
+        "rope: heads side by side come back apart",
+        "csrc/bindings/rope.cpp",
+        "const bool swapped = inside == (call.heads_dim == 1);",
+        "const bool swapped = false;",
+        ("tests/test_ops_rope.py::test_memory_order_is_kept",),
+    ),
+    Fault(
+        "rope: the gradient of one of both is dropped",
+        f"{OPS}rope.py",
+        "if grads[0] is None and grads[1] is None:",
+        "if grads[0] is None or grads[1] is None:",
+        ("tests/test_ops_rope.py::test_one_of_both_gradients",),
+    ),
+]
+
 FAULTS = [
     *KERNEL_FAULTS,
     *BINDING_FAULTS,
@@ -675,4 +804,7 @@ FAULTS = [
     *ATTENTION_FAULTS,
     *NORM_FAULTS,
     *ACTIVATION_FAULTS,
+    *MASKED_FAULTS,
+    *DROPOUT_FAULTS,
+    *ROPE_FAULTS,
 ]

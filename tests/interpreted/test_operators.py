@@ -19,8 +19,14 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+WITHOUT_KERNELS = {"dropout_add", "masked_softmax", "rope"}
+
+
 def test_every_op_is_there():
     for op in testing.op_names():
+        if op in WITHOUT_KERNELS:
+            assert _dispatch.why_not(op, "triton", DEVICE, FLOAT32) == f"{op} has no triton kernel"
+            continue
         assert _dispatch.why_not(op, "triton", DEVICE, FLOAT32) == ""
         assert "float64" in _dispatch.why_not(op, "triton", DEVICE, torch.float64)
 
