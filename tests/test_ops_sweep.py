@@ -57,6 +57,8 @@ THREADED = [
     ("linear", "wide_columns"),
     ("linear", "packed_wide_blocks"),
     ("linear", "packed_wide_rows"),
+    ("linear", "int8_wide_blocks"),
+    ("linear", "int8_wide_columns"),
     ("norm", "layer_wide_many_rows"),
     ("norm", "add_rms_wide_chunks"),
     ("softmax", "wide_many_rows"),

@@ -61,8 +61,9 @@ DType checked_dtype(const Tensor& t, const char* op, const char* argument);
 ScalarType scalar_type(DType t);
 std::optional<DType> kernel_dtype(ScalarType t);
 
-// ValueError unless it is on the call's device.
+// ValueError unless it is on the call's device; also NotImplementedError unless it is dense.
 void check_device(const Tensor& t, const char* op, const char* argument);
+void check_dense(const Tensor& t, const char* op, const char* argument);
 
 std::vector<int64_t> sizes_of(const Tensor& t);
 
@@ -82,6 +83,8 @@ Tensor new_output(const std::vector<int64_t>& sizes, DType dtype,
                   int64_t huge_from = kHugeOutputBytes);
 Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                           DType dtype, int64_t huge_from = kHugeOutputBytes);
+// The same of int8 codes, contiguous.
+Tensor new_codes(const std::vector<int64_t>& sizes);
 
 // Raw operators compute no gradients: with grad mode on the caller must have said that it takes
 // care of them.

@@ -4,6 +4,7 @@ from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, sil
 from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
 from .linear import linear
+from .linear_int8 import linear_int8, quantize_rows
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .softmax import log_softmax, softmax
 
@@ -16,7 +17,9 @@ __all__ = [
     "hardswish",
     "layer_norm",
     "linear",
+    "linear_int8",
     "log_softmax",
+    "quantize_rows",
     "reglu",
     "relu",
     "relu2",

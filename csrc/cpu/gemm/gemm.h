@@ -57,6 +57,18 @@ void finish_typed(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_
   for (int s = 0; s < p.epilogue.count; ++s) {
     const Step& step = p.epilogue.steps[s];
     switch (step.kind) {
+      case StepKind::kDequantise:
+        for (int64_t i = 0; i < rows; ++i) {
+          float* const row = t + i * ldt;
+          const Vec scale = splat(p.int8.row[m0 + i]);
+          for (int64_t n = 0; n < padded; n += kLanes) {
+            const UVec offset = (UVec)load_ints(p.int8.offset + n0 + n);
+            const IVec sum = (IVec)((UVec)load(row + n) - offset);
+            store(row + n,
+                  __builtin_convertvector(sum, Vec) * (scale * load(p.int8.column + n0 + n)));
+          }
+        }
+        break;
       case StepKind::kBias:
         for (int64_t i = 0; i < rows; ++i) {
           float* const row = t + i * ldt;
@@ -87,12 +99,15 @@ inline void finish(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64
             [&](auto type) { finish_typed<decltype(type)>(p, t, ldt, m0, rows, n0, columns); });
 }
 
-// The next output lines arrive while the tile computes.
-template <class T>
-FASTNN_INLINE void prefetch_output(const T* c, int64_t row_stride, int64_t rows, int64_t columns) {
+// Those of c's next lines that rows [m0, m0 + rows) x columns [n0, n0 + columns) lie in arrive
+// while the tile computes.
+FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0,
+                                   int64_t columns) {
+  const int64_t size = element_bytes(p.c_dtype), row_bytes = p.N * size;
+  const char* const c = static_cast<const char*>(p.c) + m0 * row_bytes + n0 * size;
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t n = 0; n < columns; n += 64 / (int64_t)sizeof(T))
-      __builtin_prefetch(c + i * row_stride + n, 1);
+    for (int64_t at = 0; at < columns * size; at += kLineBytes)
+      __builtin_prefetch(c + i * row_bytes + at, 1);
   }
 }
 
@@ -108,7 +123,7 @@ Blocking blocking_of(const GemmParams& p) {
   k.units = units_of(p.K, Dot::kPerUnit);
   k.block_units = !in_place         ? kGatherUnits
                   : p.M <= kFewRows ? kFewRowsUnits
-                                    : Dot::kPerUnit * kBlockUnits;
+                                    : (Dot::kPerUnit == 2 ? 2 : 1) * kBlockUnits;
   k.split_k = k.units > k.block_units;
   k.block_columns = in_place ? kBlockColumns : kGatherColumns;
   k.block_rows = k.split_k ? kBlockRows : max_of(p.M, 1);
@@ -176,10 +191,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           } else {
             a = pack_rows<Dot, T, kTileRows>(p.a, p.K, m0 + r0, r1 - r0, u0, u1, packed_rows);
           }
-          if (last) {
-            prefetch_output(static_cast<const T*>(p.c) + (m0 + r0) * p.N + n0, p.N, r1 - r0,
-                            columns);
-          }
+          if (last) prefetch_output(p, m0 + r0, r1 - r0, n0, columns);
           run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,
                          {b, strip_floats, kStrip}, t, ldt, u0 > 0, &ahead);
           if (last) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
@@ -318,6 +330,10 @@ void gemm_dots(const GemmParams& p, int64_t n_begin, int64_t n_end, float* scrat
 
 int64_t gemm_scratch_floats(const GemmParams& p) {
   int64_t floats = 0;
+  if (p.is_int8) {
+    const TileScratch s = tile_scratch<DotInt8, Int8>(p);
+    return s.sums + s.rows + s.panel;
+  }
   with_dot(p.a.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);
     using T = decltype(type);
@@ -336,6 +352,7 @@ int64_t gemm_scratch_floats(const GemmParams& p) {
 // Rows [m0, m1) and columns [n0, n1) of c. The ways for few rows take all rows at once: the caller
 // splits columns only.
 void gemm(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch) {
+  if (p.is_int8) return gemm_tiles<DotInt8, Int8>(p, m0, m1, n0, n1, scratch);
   with_dot(p.a.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);
     using T = decltype(type);
