@@ -16,6 +16,7 @@ from .ops import (
     hardswish,
     layer_norm,
     linear,
+    linear_int8,
     log_softmax,
     reglu,
     relu,
@@ -28,11 +29,13 @@ from .ops import (
     swiglu,
     tanh,
 )
+from .quant import Int8Dynamic, dequantize_, quantize_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "Int8Dynamic",
     "KernelRun",
     "Report",
     "__version__",
@@ -40,6 +43,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "cross_entropy",
+    "dequantize_",
     "explain",
     "geglu",
     "gelu",
@@ -47,9 +51,11 @@ __all__ = [
     "info",
     "layer_norm",
     "linear",
+    "linear_int8",
     "log_softmax",
     "nn",
     "ops",
+    "quantize_",
     "record",
     "reglu",
     "relu",

@@ -103,7 +103,14 @@ class Int8Linear(torch.nn.Module):
         )
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, extra: Any, errors: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        extra: Any,
+        errors: Any,
     ) -> None:
         """As torch's, which would cut a floating weight down to whole numbers without a word."""
         weight = state_dict.get(f"{prefix}weight")

@@ -112,9 +112,7 @@ class LinearInt8Function(torch.autograd.Function):
     """Without activation. Rounding counts as the identity: dx = dy W with the weight that the codes stand for."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, packed: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, input: Tensor, packed: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Runs the forward kernel."""
         ctx.save_for_backward(codes, scale)
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype

@@ -66,9 +66,7 @@ def _call_layer(activation: Any, inputs: Inputs) -> Tensor:
 
 
 def _reference(activation: str | None, inputs: Inputs) -> Tensor:
-    return linear_int8_reference(
-        inputs["input"], inputs["codes"], inputs["scale"], inputs.get("bias"), activation
-    )
+    return linear_int8_reference(inputs["input"], inputs["codes"], inputs["scale"], inputs.get("bias"), activation)
 
 
 def _case(
