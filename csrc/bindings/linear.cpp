@@ -111,8 +111,7 @@ Tensor pack(const Tensor& weight, bool grad_handled) {
   const DType dtype = checked_dtype(weight, "linear_pack", "weight");
   check_weight(weight, "linear_pack");
   const int64_t N = weight.size(0), K = weight.size(1);
-  Tensor packed =
-      new_output({linear_packed_bytes(N, K, dtype) / 4}, DType::kFloat32, kHugeKeptBytes);
+  Tensor packed = new_kept(linear_packed_bytes(N, K, dtype) / 4);
   linear_pack(weight_matrix(weight, dtype), N, K, packed.mutable_data_ptr());
   return packed;
 }

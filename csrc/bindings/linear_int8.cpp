@@ -50,7 +50,7 @@ Tensor pack(const Tensor& codes, const Tensor& scale, bool grad_handled) {
   check_features(K, op);
   FASTNN_CHECK(scale.dim() == 1 && scale.size(0) == N, ValueError, "fastnn::", op,
                ": scale must have shape (", N, ",), got ", shape_of(scale));
-  Tensor packed = new_output({linear_int8_packed_bytes(N, K) / 4}, DType::kFloat32, kHugeKeptBytes);
+  Tensor packed = new_kept(linear_int8_packed_bytes(N, K) / 4);
   const Matrix w = {codes.const_data_ptr(), codes.stride(0), K == 1 ? 1 : codes.stride(1),
                     DType::kFloat32};
   linear_int8_pack(w, static_cast<const float*>(scale.const_data_ptr()), scale.stride(0), N, K,

@@ -145,7 +145,7 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
 }
 
 Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                  ScalarType dtype, int64_t element, int64_t huge_from) {
+                  ScalarType dtype, int64_t element) {
   const DeviceScope& scope = DeviceScope::current();
   AtenTensorHandle handle = nullptr;
   const auto failed =
@@ -161,7 +161,7 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>&
   Tensor out(handle);
   const int64_t bytes = out.numel() * element;
   if (!scope.cuda()) {
-    prepare_output(out.mutable_data_ptr(), bytes, huge_from);
+    prepare_output(out.mutable_data_ptr(), bytes);
   } else if (poison()) {
     fill_cuda(out.mutable_data_ptr(), 0xff, bytes);
   }
@@ -171,16 +171,30 @@ Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>&
 }  // namespace
 
 Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                          DType dtype, int64_t huge_from) {
-  return new_tensor(sizes, strides, scalar_type(dtype), element_bytes(dtype), huge_from);
+                          DType dtype) {
+  return new_tensor(sizes, strides, scalar_type(dtype), element_bytes(dtype));
 }
 
-Tensor new_output(const std::vector<int64_t>& sizes, DType dtype, int64_t huge_from) {
-  return new_strided_output(sizes, contiguous_strides(sizes), dtype, huge_from);
+Tensor new_output(const std::vector<int64_t>& sizes, DType dtype) {
+  return new_strided_output(sizes, contiguous_strides(sizes), dtype);
 }
 
 Tensor new_codes(const std::vector<int64_t>& sizes) {
-  return new_tensor(sizes, contiguous_strides(sizes), ScalarType::Char, 1, kHugeOutputBytes);
+  return new_tensor(sizes, contiguous_strides(sizes), ScalarType::Char, 1);
+}
+
+Tensor new_kept(int64_t floats) {
+  std::shared_ptr<void> memory;
+  try {
+    memory = keep_memory(floats * 4);
+  } catch (const std::bad_alloc&) {
+    fail<OutOfMemory>("fastnn: cannot allocate ", floats * 4, " bytes to keep");
+  }
+  void* const data = memory.get();
+  const std::vector<int64_t> sizes = {floats}, strides = {1};
+  return torch::stable::from_blob(data, sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Float, [memory = std::move(memory)](void*) {});
 }
 
 void check_grad_handled(bool grad_handled, const char* op) {

@@ -79,12 +79,13 @@ Rows rows_of(const Tensor& t, Tensor& holder);
 
 // A fresh tensor on the call's device, contiguous or by strides that leave no holes, on huge pages
 // where it is large, filled with NaN under FASTNN_POISON.
-Tensor new_output(const std::vector<int64_t>& sizes, DType dtype,
-                  int64_t huge_from = kHugeOutputBytes);
+Tensor new_output(const std::vector<int64_t>& sizes, DType dtype);
 Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                          DType dtype, int64_t huge_from = kHugeOutputBytes);
-// The same of int8 codes, contiguous.
+                          DType dtype);
+// A contiguous one of int8 codes.
 Tensor new_codes(const std::vector<int64_t>& sizes);
+// What the caller keeps and streams again and again, on the CPU: float32, flat (cpu/memory.h).
+Tensor new_kept(int64_t floats);
 
 // Raw operators compute no gradients: with grad mode on the caller must have said that it takes
 // care of them.

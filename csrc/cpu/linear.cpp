@@ -91,14 +91,7 @@ void linear_fwd(const LinearParams& p) {
   g.b_packed = static_cast<const float*>(p.packed);
   g.c = p.y;
   g.c_dtype = p.x.dtype;
-  if (biased)
-    g.epilogue.steps[g.epilogue.count++] = {StepKind::kBias, Activation::kNone, bias.get(),
-                                            nullptr};
-  if (p.pre != nullptr)
-    g.epilogue.steps[g.epilogue.count++] = {StepKind::kStore, Activation::kNone, nullptr, p.pre};
-  if (p.activation != Activation::kNone) {
-    g.epilogue.steps[g.epilogue.count++] = {StepKind::kActivate, p.activation, nullptr, nullptr};
-  }
+  g.epilogue = {biased ? bias.get() : nullptr, p.pre, p.activation};
   run_gemm(g, table);
 }
 

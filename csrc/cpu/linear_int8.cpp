@@ -60,11 +60,7 @@ void run_rows(const LinearInt8Params& p, const KernelTable& table, int64_t m0, i
   g.c_dtype = p.x.dtype;
   g.is_int8 = true;
   g.int8 = {scale, layout.scale(p.packed), layout.offset(p.packed)};
-  Epilogue& e = g.epilogue;
-  e.steps[e.count++] = {StepKind::kDequantise, Activation::kNone, nullptr, nullptr};
-  if (bias != nullptr) e.steps[e.count++] = {StepKind::kBias, Activation::kNone, bias, nullptr};
-  if (p.activation != Activation::kNone)
-    e.steps[e.count++] = {StepKind::kActivate, p.activation, nullptr, nullptr};
+  g.epilogue = {bias, nullptr, p.activation};
   run_gemm(g, table);
 }
 

@@ -2,9 +2,11 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
 
 namespace fastnn {
@@ -34,6 +36,30 @@ void* allocate(int64_t bytes) {
   return p;
 }
 
+// Whole huge pages, mapped for this alone: memory that malloc hands out again may already lie on
+// small ones.
+struct Slab {
+  static constexpr int64_t kLeastBytes = 4 * kHugePage;
+
+  explicit Slab(int64_t least)
+      : bytes((std::max(least, kLeastBytes) + kHugePage - 1) / kHugePage * kHugePage),
+        mapped(mmap(nullptr, static_cast<size_t>(bytes + kHugePage), PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    const auto start = reinterpret_cast<uintptr_t>(mapped);
+    data = static_cast<char*>(mapped) + (kHugePage - start % kHugePage) % kHugePage;
+    advise_huge(data, bytes);
+  }
+  ~Slab() { munmap(mapped, static_cast<size_t>(bytes + kHugePage)); }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+
+  int64_t bytes;
+  void* mapped;
+  char* data = nullptr;
+  int64_t used = 0;
+};
+
 struct Kept {
   void* data = nullptr;
   int64_t bytes = 0;
@@ -46,9 +72,25 @@ thread_local Kept t_kept;
 void set_poison(bool on) { g_poison.store(on, std::memory_order_relaxed); }
 bool poison() { return g_poison.load(std::memory_order_relaxed); }
 
-void prepare_output(void* p, int64_t bytes, int64_t huge_from) {
-  if (bytes >= huge_from) advise_huge(p, bytes);
+void prepare_output(void* p, int64_t bytes) {
+  if (bytes >= kHugeOutputBytes) advise_huge(p, bytes);
   if (poison()) std::memset(p, 0xff, static_cast<size_t>(bytes));
+}
+
+std::shared_ptr<void> keep_memory(int64_t bytes) {
+  static std::mutex mutex;
+  static std::weak_ptr<Slab> open_slab;  // the last one, which may have room left
+  const int64_t lines = (bytes + 63) / 64 * 64;
+  const std::lock_guard lock(mutex);
+  std::shared_ptr<Slab> slab = open_slab.lock();
+  if (slab == nullptr || slab->bytes - slab->used < lines) {
+    slab = std::make_shared<Slab>(lines);
+    open_slab = slab;
+  }
+  void* const p = slab->data + slab->used;
+  slab->used += lines;
+  if (poison()) std::memset(p, 0xff, static_cast<size_t>(bytes));
+  return {std::move(slab), p};
 }
 
 bool streams(const void* out, int64_t rows, int64_t row_bytes, int64_t tensors) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace fastnn {
 
@@ -10,16 +11,18 @@ namespace fastnn {
 void set_poison(bool on);
 bool poison();
 
-// Makes fresh memory ready before its first touch: asks for huge pages under the whole 2 MiB pages
-// of [p, p + bytes) if there are at least `huge_from` bytes, and poisons.
-void prepare_output(void* p, int64_t bytes, int64_t huge_from);
-// Results of a call: above this malloc maps fresh 4 KiB pages on every call, and faulting them in
-// is 80 % of a row operation; below it the same memory comes round again and huge pages gain
-// nothing.
+// Makes a call's result ready before its first touch: asks for huge pages under the whole 2 MiB
+// pages of [p, p + bytes) if they are large, and poisons.
+void prepare_output(void* p, int64_t bytes);
+// Above this malloc maps fresh 4 KiB pages on every call, and faulting them in is 80 % of a row
+// operation; below it the same memory comes round again and huge pages gain nothing.
 constexpr int64_t kHugeOutputBytes = int64_t{32} << 20;
-// What is kept and streamed again and again (packed weights): huge pages give 1.5 times the read
-// bandwidth.
-constexpr int64_t kHugeKeptBytes = int64_t{2} << 20;
+
+// Memory for what is kept and streamed again and again (packed weights), 64-byte aligned, on huge
+// pages: those give 1.5 times the read bandwidth, and 5 % of a product with 128 rows whose weight
+// is not in the caches. Weights share slabs, so that small ones get huge pages too and no page is
+// wasted; a slab goes when nobody keeps a part of it. Throws std::bad_alloc.
+std::shared_ptr<void> keep_memory(int64_t bytes);
 
 // A call that touches this much writes its result past the caches, which saves fetching the lines
 // that it overwrites. Measured with a last-level cache of 32 MiB, a reader of the result after the

@@ -139,7 +139,7 @@ TEST(parts_of_the_result) {
   });
 }
 
-TEST(epilogue_program_runs_in_order) {
+TEST(epilogue_runs_in_order) {
   for_each_isa([](const char* isa) {
     for (const DType type : kAllTypes) {
       for (const int64_t M : {3, 21, 140}) {
@@ -158,10 +158,7 @@ TEST(epilogue_program_runs_in_order) {
         p.b = b.matrix;
         p.c = after.memory.data();
         p.c_dtype = type;
-        p.epilogue.count = 3;
-        p.epilogue.steps[0] = {StepKind::kBias, Activation::kNone, bias.data(), nullptr};
-        p.epilogue.steps[1] = {StepKind::kStore, Activation::kNone, nullptr, before.memory.data()};
-        p.epilogue.steps[2] = {StepKind::kActivate, Activation::kRelu, nullptr, nullptr};
+        p.epilogue = {bias.data(), before.memory.data(), Activation::kRelu};
         run(p, 0, M, 0, kN);
         const Product truth = multiply(dense(a), turned(dense(b), kK, kN), M, kN, kK);
         check_values({isa, {M, kN, kK}, type, Order::kRows, Order::kColumns, false}, before, truth,

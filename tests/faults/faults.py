@@ -84,7 +84,7 @@ KERNEL_FAULTS = [
     Fault(
         "product: sums start from stale scratch",
         "csrc/cpu/gemm/tile.h",
-        "t + s * kStrip, ldt, accumulate || u > 0,",
+        "t + s * kStrip, ldt, accumulate,",
         "t + s * kStrip, ldt, true,",
         cell("linear-fp32-{isa}-contiguous"),
     ),
@@ -113,8 +113,9 @@ KERNEL_FAULTS = [
     Fault(
         "epilogue runs backwards: activation before bias",
         GEMM,
-        "for (int s = 0; s < p.epilogue.count; ++s) {",
-        "for (int s = p.epilogue.count - 1; s >= 0; --s) {",
+        "write(c + start + n, activate<A, kRough>(v));",
+        "if (bias != nullptr) v -= load(bias + n0 + n); v = activate<A, kRough>(v); "
+        "if (bias != nullptr) v += load(bias + n0 + n); write(c + start + n, v);",
         cell("linear-fp32-{isa}-contiguous"),
     ),
     Fault(
@@ -712,8 +713,8 @@ INT8_FAULTS = [
     Fault(
         "int8: the shift of the inputs' codes is not taken back",
         GEMM,
-        "(IVec)((UVec)load(row + n) - offset)",
-        "(IVec)((UVec)load(row + n))",
+        "(IVec)((UVec)load(t) - (UVec)load_ints(s.offset + n))",
+        "(IVec)load(t)",
         INT8_BITS,
     ),
     Fault(

@@ -1,5 +1,5 @@
-// The matrix product: loops over packed panels and register tiles, and the epilogue program on
-// finished rows.
+// The matrix product: loops over packed panels and register tiles, and the epilogue on finished
+// rows.
 //
 // Three ways through, all with the same tile, the same packed layout and the same epilogue:
 //   gemm_tiles    B in strips (its packed copy, or a KC x NC panel packed on the way, hot in L2),
@@ -24,7 +24,7 @@ constexpr int64_t kBlockUnits =
 constexpr int64_t kFewRowsUnits =
     4096;  // with few rows the sums are small and long streams matter more
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kBlockColumns = 192;  // NC: 96 .. 384 are within a point of each other
+constexpr int64_t kBlockColumns = 96;  // NC: two panels, this and the next, fit L2 together
 constexpr int64_t kGatherColumns =
     384;  // where rows of A are packed on the way: packed half as often, and
 constexpr int64_t kGatherUnits = 512;     // ... a panel twice as wide is half as deep to stay in L2
@@ -39,72 +39,54 @@ constexpr int64_t kFetchRows = 2 * kTileRows, kFetchMaxRows = 128;
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Runs the program on rows x columns of t in place (columns rounded up to a strip), then converts
-// and stores the result.
-template <class T>
-void finish_typed(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_t rows, int64_t n0,
-                  int64_t columns) {
-  const int64_t padded = round_up(columns, kStrip);
-  auto write = [&](T* out) __attribute__((always_inline)) {
-    for (int64_t i = 0; i < rows; ++i) {
-      T* const row = out + (m0 + i) * p.N + n0;
-      const float* const from = t + i * ldt;
-      int64_t n = 0;
-      for (; n + kLanes <= columns; n += kLanes) store(row + n, load(from + n));
-      if (n < columns) store_first(row + n, load(from + n), (int)(columns - n));
-    }
-  };
-  for (int s = 0; s < p.epilogue.count; ++s) {
-    const Step& step = p.epilogue.steps[s];
-    switch (step.kind) {
-      case StepKind::kDequantise:
-        for (int64_t i = 0; i < rows; ++i) {
-          float* const row = t + i * ldt;
-          const Vec scale = splat(p.int8.row[m0 + i]);
-          for (int64_t n = 0; n < padded; n += kLanes) {
-            const UVec offset = (UVec)load_ints(p.int8.offset + n0 + n);
-            const IVec sum = (IVec)((UVec)load(row + n) - offset);
-            store(row + n,
-                  __builtin_convertvector(sum, Vec) * (scale * load(p.int8.column + n0 + n)));
-          }
-        }
-        break;
-      case StepKind::kBias:
-        for (int64_t i = 0; i < rows; ++i) {
-          float* const row = t + i * ldt;
-          for (int64_t n = 0; n < padded; n += kLanes)
-            store(row + n, load(row + n) + load(step.bias + n0 + n));
-        }
-        break;
-      case StepKind::kActivate:
-        with_activation(step.activation, [&](auto tag) __attribute__((always_inline)) {
-          for (int64_t i = 0; i < rows; ++i) {
-            float* const row = t + i * ldt;
-            for (int64_t n = 0; n < padded; n += kLanes)
-              store(row + n, activate<decltype(tag)::value>(load(row + n)));
-          }
-        });
-        break;
-      case StepKind::kStore:
-        write(static_cast<T*>(step.out));
-        break;
+// kLanes sums of codes as float32 sums.
+FASTNN_INLINE Vec dequantised(const Int8Scales& s, float row, int64_t n, const float* t) {
+  const IVec sum = (IVec)((UVec)load(t) - (UVec)load_ints(s.offset + n));
+  return __builtin_convertvector(sum, Vec) * (splat(row) * load(s.column + n));
+}
+
+// The epilogue of rows x columns of t, in one pass.
+template <Activation A, class T>
+void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, int64_t rows,
+                  int64_t n0, int64_t columns) {
+  constexpr bool kRough = sizeof(T) == 2;
+  const float* const bias = p.epilogue.bias;
+  T* const pre = static_cast<T*>(p.epilogue.pre);
+  T* const c = static_cast<T*>(p.c);
+  for (int64_t i = 0; i < rows; ++i, t += ldt) {
+    const int64_t start = (m0 + i) * p.N + n0;
+    const float scale = p.is_int8 ? p.int8.row[m0 + i] : 1.f;
+    auto finished = [&](int64_t n, auto write) __attribute__((always_inline)) {
+      Vec v = p.is_int8 ? dequantised(p.int8, scale, n0 + n, t + n) : load(t + n);
+      if (bias != nullptr) v += load(bias + n0 + n);
+      if (pre != nullptr) write(pre + start + n, v);
+      write(c + start + n, activate<A, kRough>(v));
+    };
+    int64_t n = 0;
+    for (; n + kLanes <= columns; n += kLanes)
+      finished(n, [](T* to, Vec v) __attribute__((always_inline)) { store(to, v); });
+    if (n < columns) {
+      const int left = (int)(columns - n);
+      finished(n, [=](T* to, Vec v) __attribute__((always_inline)) { store_first(to, v, left); });
     }
   }
-  write(static_cast<T*>(p.c));
 }
 
-inline void finish(const GemmParams& p, float* t, int64_t ldt, int64_t m0, int64_t rows, int64_t n0,
-                   int64_t columns) {
-  with_type(p.c_dtype,
-            [&](auto type) { finish_typed<decltype(type)>(p, t, ldt, m0, rows, n0, columns); });
+inline void finish(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, int64_t rows,
+                   int64_t n0, int64_t columns) {
+  with_type(p.c_dtype, [&](auto type) {
+    with_activation(p.epilogue.activation, [&](auto tag) {
+      finish_typed<decltype(tag)::value, decltype(type)>(p, t, ldt, m0, rows, n0, columns);
+    });
+  });
 }
 
-// Those of c's next lines that rows [m0, m0 + rows) x columns [n0, n0 + columns) lie in arrive
-// while the tile computes.
-FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0,
+// The lines of c that rows [m, m + rows) x columns [n, n + columns) lie in arrive while the tile
+// computes.
+FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m, int64_t rows, int64_t n,
                                    int64_t columns) {
   const int64_t size = element_bytes(p.c_dtype), row_bytes = p.N * size;
-  const char* const c = static_cast<const char*>(p.c) + m0 * row_bytes + n0 * size;
+  const char* const c = static_cast<const char*>(p.c) + m * row_bytes + n * size;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t at = 0; at < columns * size; at += kLineBytes)
       __builtin_prefetch(c + i * row_bytes + at, 1);

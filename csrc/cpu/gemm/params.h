@@ -4,25 +4,12 @@
 
 namespace fastnn {
 
-// One step of the small program that runs on a finished tile of float32 sums while it is in L1. A
-// program, not template parameters: instruction sets x types x activations must not multiply into
-// the build.
-enum class StepKind : int32_t {
-  kDequantise,  // int32 sums of codes become float32 (GemmParams.int8)
-  kBias,        // add bias[n]
-  kActivate,    // apply the activation
-  kStore,       // write the tile, as it is at this point, to a second output
-};
-struct Step {
-  StepKind kind;
-  Activation activation;
-  const float* bias;  // readable up to N rounded up to a strip
-  void* out;          // row stride N, type of c
-};
-constexpr int kMaxSteps = 4;
+// What happens to a finished tile of float32 sums while it is in L1, in this order. Values, not
+// template parameters: instruction sets x types x options must not multiply into the build.
 struct Epilogue {
-  int32_t count;
-  Step steps[kMaxSteps];
+  const float* bias;  // added, by column; readable up to N rounded up to a strip; or null
+  void* pre;          // takes what the activation is applied to: row stride N, type of c; or null
+  Activation activation;
 };
 
 // Of a product of int8 codes: sum - offset[n] is that of the codes, times row[m] column[n] that of
@@ -41,8 +28,9 @@ struct GemmParams {
   void* c;
   DType c_dtype;
   Epilogue epilogue;
-  bool is_int8;     // a holds bytes: codes plus 128, K of them with padding, a multiple of 4;
-  Int8Scales int8;  // ... b_packed holds strips of codes, and the program starts with kDequantise
+  bool is_int8;  // a holds bytes: codes plus 128, K of them with padding, a multiple of 4;
+  Int8Scales
+      int8;  // ... b_packed holds strips of codes, and sums become float32 before the epilogue
 };
 
 constexpr int64_t kStrip = 16;  // columns in a strip of packed b, whatever the vector width

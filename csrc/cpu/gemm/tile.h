@@ -49,33 +49,43 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
   const float* b = strips.data;
   const int64_t strip_floats = strips.strip_floats, unit_floats = strips.unit_floats;
   constexpr int NV = NS * kVecsPerStrip;
-  Vec sums[MR][NV];
-  FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-    FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = zero();
-  }
+  for (int64_t left = units;;) {
+    const int64_t depth = left < Dot::kSumUnits ? left : Dot::kSumUnits;
+    Vec sums[MR][NV];
+    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+      FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = zero();
+    }
 #pragma GCC unroll 2
-  for (int64_t u = 0; u < units; ++u) {
-    Vec column[NV];
-    FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
-      column[v] = load(b + v / kVecsPerStrip * strip_floats + v % kVecsPerStrip * kLanes);
-    }
-    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-      const Vec row = splat(load_unit(a + i * row_bytes));
-      FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = Dot::dot(sums[i][v], row, column[v]);
-    }
-    if constexpr (kFetch) __builtin_prefetch(ahead + u * kLineBytes, 0, 2);
-    a += unit_bytes;
-    b += unit_floats;
-  }
-  if (accumulate) {
-    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+    for (int64_t u = 0; u < depth; ++u) {
+      Vec column[NV];
       FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
-        sums[i][v] = Dot::add(sums[i][v], load(t + i * ldt + v * kLanes));
+        column[v] = load(b + v / kVecsPerStrip * strip_floats + v % kVecsPerStrip * kLanes);
+      }
+      FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+        const Vec row = splat(load_unit(a + i * row_bytes));
+        FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] =
+            Dot::dot(sums[i][v], row, column[v]);
+      }
+      if constexpr (kFetch) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += kLineBytes;
+      }
+      a += unit_bytes;
+      b += unit_floats;
+    }
+    if (accumulate) {
+      FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+        FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
+          sums[i][v] = Dot::add(sums[i][v], load(t + i * ldt + v * kLanes));
+        }
       }
     }
-  }
-  FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-    FASTNN_UNROLL for (int v = 0; v < NV; ++v) store(t + i * ldt + v * kLanes, sums[i][v]);
+    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+      FASTNN_UNROLL for (int v = 0; v < NV; ++v) store(t + i * ldt + v * kLanes, sums[i][v]);
+    }
+    left -= depth;
+    if (left == 0) return;
+    accumulate = true;
   }
 }
 
@@ -127,18 +137,12 @@ FASTNN_INLINE void run_tiles(int64_t rows, int64_t strips, int64_t units, const 
   const int64_t widest = tile_strips((int)rows);
   for (int64_t s = 0; s < strips; s += widest) {
     const int64_t wide = strips - s < widest ? strips - s : widest;
-    int64_t u = 0;
-    do {  // once even where there is nothing to sum: the result is then zero
-      const int64_t depth = units - u < Dot::kSumUnits ? units - u : Dot::kSumUnits;
-      const bool fetch = ahead != nullptr && ahead->next < ahead->end && wide == widest;
-      const Strips from = {b.data + s * b.strip_floats + u * b.unit_floats, b.strip_floats,
-                           b.unit_floats};
-      Tiles<Dot>::get(rows, wide, fetch)(depth, a + u * unit_bytes, row_bytes, unit_bytes, from,
-                                         t + s * kStrip, ldt, accumulate || u > 0,
-                                         fetch ? ahead->next : nullptr);
-      if (fetch) ahead->next += depth * kLineBytes;
-      u += Dot::kSumUnits;
-    } while (u < units);
+    const bool fetch = ahead != nullptr && ahead->next < ahead->end && wide == widest;
+    Tiles<Dot>::get(rows, wide, fetch)(units, a, row_bytes, unit_bytes,
+                                       {b.data + s * b.strip_floats, b.strip_floats, b.unit_floats},
+                                       t + s * kStrip, ldt, accumulate,
+                                       fetch ? ahead->next : nullptr);
+    if (fetch) ahead->next += units * kLineBytes;
   }
 }
 
