@@ -53,11 +53,13 @@ void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, 
   const float* const bias = p.epilogue.bias;
   T* const pre = static_cast<T*>(p.epilogue.pre);
   T* const c = static_cast<T*>(p.c);
+  const bool codes = p.is_int8;
+  const Int8Scales int8 = p.int8;
   for (int64_t i = 0; i < rows; ++i, t += ldt) {
     const int64_t start = (m0 + i) * p.N + n0;
-    const float scale = p.is_int8 ? p.int8.row[m0 + i] : 1.f;
+    const float scale = codes ? int8.row[m0 + i] : 1.f;
     auto finished = [&](int64_t n, auto write) __attribute__((always_inline)) {
-      Vec v = p.is_int8 ? dequantised(p.int8, scale, n0 + n, t + n) : load(t + n);
+      Vec v = codes ? dequantised(int8, scale, n0 + n, t + n) : load(t + n);
       if (bias != nullptr) v += load(bias + n0 + n);
       if (pre != nullptr) write(pre + start + n, v);
       write(c + start + n, activate<A, kRough>(v));
