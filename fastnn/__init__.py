@@ -29,7 +29,7 @@ from .ops import (
     swiglu,
     tanh,
 )
-from .quant import Int8Dynamic, dequantize_, quantize_
+from .quant import Int8Dynamic, dequantize_, load, quantize_, save
 
 __version__ = "0.1.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_int8",
+    "load",
     "log_softmax",
     "nn",
     "ops",
@@ -61,6 +62,7 @@ __all__ = [
     "relu",
     "relu2",
     "rms_norm",
+    "save",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

@@ -240,11 +240,12 @@ def test_what_cannot_be_quantised_says_why(extension):
             "meta": nn.Linear(4, 4, device="meta"),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
             "replaced": nn.Linear(4, 4),
-            "empty": nn.Linear(0, 4),
+            "empty": nn.Linear(1, 1),
         }
     )
     model["nan"].weight.data[0, 0] = float("nan")
     model["replaced"].forward = lambda x: x
+    model["empty"].weight = nn.Parameter(torch.empty(4, 0))
     reasons = {e.name: e.reason for e in fastnn.quantize_(model, INT8).skipped}
     words = {
         "nan": "NaN", "double": "float64", "meta": "meta", "normed": "", "replaced": "replaced", "empty": "not empty",
@@ -285,3 +286,17 @@ def test_medians_are_of_both_in_turns():
     found = measure.compare(Counting("a"), Counting("b"), torch.zeros(1))
     assert found.before > 0 and found.after > 0
     assert order[4:8] == ["a", "b", "a", "b"] and order.count("a") == order.count("b")
+
+
+def test_explain_and_accelerate_know_the_layers(net):
+    fastnn.quantize_(net, INT8)
+    expected = net(IDS).detach()
+    packed = net.body[0].packed._packed
+    explained = {part.name: part for part in fastnn.explain(net, IDS).parts}
+    assert explained["body.0"].kernel == "linear_int8_fwd" and explained["body.0"].limit_ms > 0
+    assert net.body[0].packed._packed is packed, "running it aside does not cost the packed copy"
+    report = fastnn.accelerate(net, example_inputs=IDS)
+    assert next(e.reason for e in report.entries if e.name == "body.0") == "is fastnn's already"
+    assert type(net.body[0]) is Int8Linear
+    report.restore()
+    assert same_bits(net(IDS).detach(), expected)

@@ -104,11 +104,11 @@ def quantize_(
     for layer in chosen:
         _prepare(layer, recipe)
     _measure([layer for layer in chosen if layer.input is not None], max_slowdown)
-    entries = _entries(layers)
+    entries = tuple(_entries(layers))
     for layer in chosen:
         if layer.made is not None and not layer.reason:
             become(layer.module, layer.made)
-    return Report(tuple(entries), repr(config))
+    return Report(entries, repr(config))
 
 
 def _layers(model: Module) -> Iterator[_Layer]:
@@ -196,7 +196,7 @@ def _measure(layers: list[_Layer], max_slowdown: float) -> None:
                 one.reason = f"would take {slowdown:.2f} times as long, more than max_slowdown = {max_slowdown:g}"
 
 
-def _entries(layers: list[_Layer]) -> Iterator[Entry]:
+def _entries(layers: list[_Layer]) -> list[Entry]:
     """The report, before anything is changed."""
     counted: set[int] = set()
     found = []
@@ -224,7 +224,7 @@ def _entries(layers: list[_Layer]) -> Iterator[Entry]:
                 None if times is None else times.after,
             )
         )
-    return iter(found)
+    return found
 
 
 def _nbytes(module: Module) -> int:
@@ -237,7 +237,8 @@ def become(module: Module, made: Module) -> None:
     weight, state = module._parameters.pop("weight"), vars(module)
     if weight is None:
         raise ValueError("fastnn.quantize_: a layer lost its weight meanwhile")
-    new = {name: value for name, value in vars(made).items() if name not in vars(Module())}
+    every = vars(Module()).keys()
+    new = {name: value for name, value in vars(made).items() if name not in every}
     old = {name: state[name] for name in new if name in state}
     packed = old.get("packed")
     if packed is not None:
@@ -266,7 +267,7 @@ def dequantize_(model: Module) -> tuple[str, ...]:
     for _, layer in found:
         dtype = torch.float32 if layer.bias is None else layer.bias.dtype
         origin: Origin = vars(layer).pop("_quantized_from", Origin(nn.Linear, dtype, True, {}, ("packed",)))
-        transposed = issubclass(origin.kind, (torch.nn.Linear,)) is False
+        transposed = not issubclass(origin.kind, torch.nn.Linear)
         key = id(layer.weight), transposed
         if key not in shared:
             weight = layer.dequantized(origin.dtype)
