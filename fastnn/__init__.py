@@ -17,6 +17,7 @@ from .ops import (
     hardswish,
     layer_norm,
     linear,
+    linear_int8,
     log_softmax,
     masked_softmax,
     reglu,
@@ -32,11 +33,13 @@ from .ops import (
     swiglu,
     tanh,
 )
+from .quant import Int8Dynamic, dequantize_, load, quantize_, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "Int8Dynamic",
     "KernelRun",
     "Report",
     "__version__",
@@ -44,6 +47,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "cross_entropy",
+    "dequantize_",
     "dropout_add",
     "explain",
     "geglu",
@@ -52,10 +56,13 @@ __all__ = [
     "info",
     "layer_norm",
     "linear",
+    "linear_int8",
+    "load",
     "log_softmax",
     "masked_softmax",
     "nn",
     "ops",
+    "quantize_",
     "record",
     "reglu",
     "relu",
@@ -63,6 +70,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_tables",
+    "save",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

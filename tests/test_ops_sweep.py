@@ -59,6 +59,8 @@ THREADED = [
     ("linear", "wide_columns"),
     ("linear", "packed_wide_blocks"),
     ("linear", "packed_wide_rows"),
+    ("linear", "int8_wide_blocks"),
+    ("linear", "int8_wide_columns"),
     ("masked_softmax", "wide_heads"),
     ("masked_softmax", "wide_many_rows"),
     ("norm", "layer_wide_many_rows"),

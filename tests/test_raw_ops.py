@@ -27,6 +27,9 @@ RAW = (
     "dropout_add_fwd",
     "linear_bwd",
     "linear_fwd",
+    "linear_int8_fwd",
+    "linear_int8_pack",
+    "linear_int8_quantize",
     "linear_pack",
     "linear_packed_fwd",
     "masked_softmax_bwd",
@@ -73,6 +76,7 @@ def samples(dtype=torch.float32):
         packed = torch.ops.fastnn.linear_pack(w)
     yield "linear_packed_fwd", (x, packed, b, 7, 1)
     yield "linear_packed_fwd", (deep, packed, None, 7, 2)
+    yield from int8_samples(x, deep, strided, b)
     yield from cross_entropy_samples(x, strided)
     yield from attention_samples(dtype)
     yield from norm_samples(x, deep, strided)
@@ -80,6 +84,19 @@ def samples(dtype=torch.float32):
     yield from rope_samples(dtype)
     yield from dropout_add_samples(x, deep, strided)
     yield from masked_softmax_samples(x, deep, strided)
+
+
+def int8_samples(x, deep, strided, bias):
+    codes, scale = torch.arange(-42, 42, dtype=torch.int8).view(7, 12), torch.rand(7) + 0.1
+    with torch.no_grad():
+        packed = torch.ops.fastnn.linear_int8_pack(codes, scale)
+    yield "linear_int8_pack", (codes, scale)
+    yield "linear_int8_pack", (codes.t().contiguous().t(), scale)
+    for values in (x, deep, strided):
+        yield "linear_int8_quantize", (values,)
+        yield "linear_int8_fwd", (values, packed, bias, 7, 2)
+    yield "linear_int8_fwd", (x, packed, bias.float(), 7, 0)
+    yield "linear_int8_fwd", (strided[:2], packed, None, 7, 1)
 
 
 def cross_entropy_samples(x, strided):

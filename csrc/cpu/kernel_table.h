@@ -86,6 +86,14 @@ struct KernelTable {
   // dz of rows [begin, end) where dz is not null, and their column sums where sums is not null.
   void (*linear_slope)(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz, float* sums);
 
+  // Codes of rows [begin, end), their bits flipped by `flip`, rows code_stride bytes apart, and the
+  // rows' scales; strips [s0, s1) of a weight's codes (N x K bytes) and, for each of their columns,
+  // 128 times the sum of its codes.
+  void (*int8_quantise)(const Matrix& x, int64_t K, int64_t begin, int64_t end, uint8_t flip,
+                        uint8_t* codes, int64_t code_stride, float* scale);
+  void (*int8_pack)(const Matrix& codes, int64_t N, int64_t K, int64_t s0, int64_t s1,
+                    float* strips, int32_t* offset);
+
   // n elements of any type to float32 and back.
   void (*to_float32)(const void* x, int64_t stride, DType dtype, int64_t n, float* y);
   void (*from_float32)(const float* x, int64_t n, DType dtype, void* y);

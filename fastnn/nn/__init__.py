@@ -3,6 +3,7 @@
 from .activation import GELU, Hardswish, ReLU, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
 from .linear import Linear
+from .linear_int8 import Int8Linear
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .rope import RotaryEmbedding
@@ -12,6 +13,7 @@ __all__ = [
     "GELU",
     "CrossEntropyLoss",
     "Hardswish",
+    "Int8Linear",
     "LayerNorm",
     "Linear",
     "LogSoftmax",
