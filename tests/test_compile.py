@@ -14,12 +14,15 @@ from fastnn import (
     add_layer_norm,
     add_rms_norm,
     cross_entropy,
+    dropout_add,
     gelu,
     layer_norm,
     linear,
     log_softmax,
+    masked_softmax,
     relu2,
     rms_norm,
+    rope,
     scaled_dot_product_attention,
     softmax,
     swiglu,
@@ -48,7 +51,21 @@ def _attention(x, w, b, mask=None, inside=False, **options):
     return scaled_dot_product_attention(q, k, k * 2, None if mask is None else mask(w), **options)
 
 
+def _rope(x, w, b, inside=False, **options):
+    """x as tokens of three heads, w as tables."""
+    heads = x.unflatten(-1, (3, 4))
+    heads = heads if inside else heads.transpose(0, 1).contiguous().transpose(0, 1)
+    tables, at = [w.detach()[:, i : i + 2] for i in (0, 4)], torch.arange(x.shape[0]) % 7
+    query, key = rope(heads, 2 * heads[:, :1], *tables, 1, positions=at, rotary_dim=4, **options)
+    return torch.cat((query, key), 1).flatten(1)
+
+
 FUNCTIONS = {
+    "dropout_add": lambda x, w, b: dropout_add(2 * x, x, 0.3, False),
+    "masked_softmax": lambda x, w, b: masked_softmax(x, w.detach()[0] > -0.5, 0.3),
+    "masked_softmax_causal": lambda x, w, b: masked_softmax(x, w.detach()[:1], 0.3, True),
+    "rope": _rope,
+    "rope_heads_inside": functools.partial(_rope, inside=True, interleaved=True),
     "cross_entropy": _loss,
     "cross_entropy_none": functools.partial(_loss, reduction="none", z_loss=0.01, softcap=5.0),
     "cross_entropy_probabilities": functools.partial(_loss, probabilities=True, label_smoothing=0.1),

@@ -35,6 +35,37 @@ def functions():
     yield from attentions()
     yield from norms()
     yield from glus()
+    yield from ropes()
+    r = tensor(5, seed=7)
+    yield pytest.param(lambda x: fastnn.dropout_add(x, r.expand_as(x), 0.3, False), lambda x: x + r, id="dropout_add")
+    hidden = torch.arange(5) != 2
+    for name, mask in (("bool", hidden), ("additive", tensor(5, seed=6))):
+
+        def theirs(x, mask=mask):
+            x = 0.7 * x
+            return torch.softmax(x + mask if mask.is_floating_point() else x.masked_fill(~mask, -torch.inf), -1)
+
+        yield pytest.param(
+            lambda x, mask=mask: fastnn.masked_softmax(x, mask, 0.7), theirs, id=f"masked_softmax-{name}"
+        )
+
+
+def ropes():
+    """Each element as the only feature pair of a token, (x, 2 x)."""
+    cos, sin = fastnn.rope_tables(5, 2)
+
+    def rotated(x, function):
+        pairs = torch.stack((x.reshape(-1, 5), 2 * x.reshape(-1, 5)), -1)
+        return function(pairs).sum(-1).reshape(x.shape)
+
+    def ours(x):
+        return fastnn.rope(x, None, cos, sin, 0, rotary_dim=2)[0]
+
+    def theirs(x):
+        a, b = x.unbind(-1)
+        return torch.stack((a * cos[:, 0] - b * sin[:, 0], b * cos[:, 0] + a * sin[:, 0]), -1)
+
+    yield pytest.param(lambda x: rotated(x, ours), lambda x: rotated(x, theirs), id="rope")
 
 
 def glus():
@@ -203,6 +234,9 @@ def test_layer_under_functional_call(frozen):
         ("norm", "layer_rows", "input"),
         ("activation", "silu_pair_rows", "gate"),
         ("attention", "three_dims", "query"),
+        ("rope", "halves_rows", "query"),
+        ("dropout_add", "rows_0.3", "input"),
+        ("masked_softmax", "rows_bool", "input"),
     ],
 )
 def test_forced_kernel_refuses_in_words(op, name, argument, extension):

@@ -19,8 +19,13 @@ PUBLIC = {
     "attention": ("scaled_dot_product_attention",),
     "norm": ("add_layer_norm",),
 }
-# Gradients that plain PyTorch computes: tests/test_ops_cross_entropy.py, tests/test_ops_attention.py.
-PLAIN = {"attention": {"attn_mask"}, "cross_entropy": {"target", "weight"}}
+# Gradients that plain PyTorch computes (tests/test_ops_<op>.py), and tensors that have none.
+PLAIN = {
+    "attention": {"attn_mask"},
+    "cross_entropy": {"target", "weight"},
+    "masked_softmax": {"mask"},
+    "rope": {"cos", "sin", "positions"},
+}
 
 
 def rows():

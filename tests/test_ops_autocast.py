@@ -97,6 +97,44 @@ def test_activation_dtypes(given, cast):
     assert x.grad.dtype == given
 
 
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+def test_masked_softmax_dtypes(given, cast):
+    """The input's type, as torch's softmax on a CPU."""
+    x, _, _ = operands(given)
+    with torch.autocast("cpu", dtype=cast):
+        ours = fastnn.masked_softmax(x, x.detach() > -0.5, 0.3)
+        assert ours.dtype == torch.softmax(x, -1).dtype == given
+    ours.square().sum().backward()
+    assert x.grad.dtype == given
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+def test_dropout_add_dtypes(given, cast):
+    """Of two types the wider one, as torch's addition, which autocast leaves alone."""
+    x, _, _ = operands(given)
+    with torch.autocast("cpu", dtype=cast):
+        assert fastnn.dropout_add(x, x.detach()).dtype == given
+        y = fastnn.dropout_add(x, x.detach().float())
+        assert y.dtype == (x + x.float()).dtype
+    y.sum().backward()
+    assert x.grad.dtype == given
+
+
+@pytest.mark.parametrize("cast", HALVES)
+@pytest.mark.parametrize("given", TYPES)
+def test_rope_dtypes(given, cast):
+    """The type of query and key, whatever the tables have: autocast leaves products of tensors alone."""
+    x, _, _ = operands(given)
+    tables = [t.to(given) for t in fastnn.rope_tables(5, 12)]
+    with torch.autocast("cpu", dtype=cast):
+        query, key = fastnn.rope(x[None], 2 * x[None], *tables, 0, rotary_dim=12)
+    assert query.dtype == key.dtype == given
+    (query.sum() + key.sum()).backward()
+    assert x.grad.dtype == given
+
+
 def test_disabled_autocast_changes_nothing():
     leaves = operands(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):

@@ -77,6 +77,10 @@ def test_double_backward(op, name):
         ("activation", "silu_float32_bias_rows"),
         ("activation", "gelu_pair_rows"),
         ("activation", "silu_packed_rows"),
+        ("masked_softmax", "rows_bool"),
+        ("rope", "halves_rows"),
+        ("dropout_add", "rows_0.3"),
+        ("rope", "neighbours_float32_tables"),
     ],
 )
 def test_double_backward_keeps_the_dtype(op, name, dtype):

@@ -23,12 +23,21 @@ RAW = (
     "attention_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
+    "dropout_add_bwd",
+    "dropout_add_fwd",
     "linear_bwd",
     "linear_fwd",
+    "linear_int8_fwd",
+    "linear_int8_pack",
+    "linear_int8_quantize",
     "linear_pack",
     "linear_packed_fwd",
+    "masked_softmax_bwd",
+    "masked_softmax_fwd",
     "norm_bwd",
     "norm_fwd",
+    "rope_bwd",
+    "rope_fwd",
     "softmax_bwd",
     "softmax_fwd",
 )
@@ -67,10 +76,27 @@ def samples(dtype=torch.float32):
         packed = torch.ops.fastnn.linear_pack(w)
     yield "linear_packed_fwd", (x, packed, b, 7, 1)
     yield "linear_packed_fwd", (deep, packed, None, 7, 2)
+    yield from int8_samples(x, deep, strided, b)
     yield from cross_entropy_samples(x, strided)
     yield from attention_samples(dtype)
     yield from norm_samples(x, deep, strided)
     yield from activation_samples(x, deep, strided)
+    yield from rope_samples(dtype)
+    yield from dropout_add_samples(x, deep, strided)
+    yield from masked_softmax_samples(x, deep, strided)
+
+
+def int8_samples(x, deep, strided, bias):
+    codes, scale = torch.arange(-42, 42, dtype=torch.int8).view(7, 12), torch.rand(7) + 0.1
+    with torch.no_grad():
+        packed = torch.ops.fastnn.linear_int8_pack(codes, scale)
+    yield "linear_int8_pack", (codes, scale)
+    yield "linear_int8_pack", (codes.t().contiguous().t(), scale)
+    for values in (x, deep, strided):
+        yield "linear_int8_quantize", (values,)
+        yield "linear_int8_fwd", (values, packed, bias, 7, 2)
+    yield "linear_int8_fwd", (x, packed, bias.float(), 7, 0)
+    yield "linear_int8_fwd", (strided[:2], packed, None, 7, 1)
 
 
 def cross_entropy_samples(x, strided):
@@ -131,6 +157,40 @@ def activation_samples(x, deep, strided):
     yield "activation_fwd", (scalar, None, None, 4, False)
     yield "activation_bwd", (scalar, scalar, scalar, None, 4, False, [False, True, False])
     yield "activation_bwd", (grad, x, None, x.float()[1], 4, False, [False, False, True])
+
+
+def masked_softmax_samples(x, deep, strided):
+    visible = x > -0.5
+    for mask in (None, visible, visible[0], strided, x[:, :1].float()):
+        for causal in (False, True):
+            yield "masked_softmax_fwd", (strided, mask, 0.3, causal)
+    yield "masked_softmax_fwd", (deep.mT, deep[:, :1, :1].mT > 0, -2.0, True)
+    yield "masked_softmax_fwd", (x[0], None, 1.0, False)
+    yield "masked_softmax_bwd", (strided, torch.softmax(x, 1), 0.3)
+    yield "masked_softmax_bwd", (deep.mT, torch.softmax(deep, 1).mT, 0.3)
+
+
+def dropout_add_samples(x, deep, strided):
+    for seed, p in ((torch.tensor(7), 0.3), (None, 0.0)):
+        yield "dropout_add_fwd", (x, strided, seed, p)
+        yield "dropout_add_fwd", (deep.mT, deep.mT, seed, p)
+        yield "dropout_add_bwd", (strided, seed, p)
+    yield "dropout_add_bwd", (x[0, 0], torch.tensor(3), 0.5)
+
+
+def rope_samples(dtype):
+    q, k, cos, sin = (
+        tensor(*shape, dtype=dtype, seed=len(shape)) for shape in ((2, 4, 5, 6), (2, 2, 5, 6), (5, 6), (5, 6))
+    )
+    at, inside = torch.tensor([3, 0, 4, 4, 1]), q.transpose(1, 2).contiguous().transpose(1, 2)
+    for interleaved in (False, True):
+        yield "rope_fwd", (q, k, cos, sin, None, 6, interleaved, 1)
+        yield "rope_fwd", (inside, k, cos[None], sin[None], None, 6, interleaved, 1)
+        yield "rope_fwd", (q.transpose(1, 2), None, cos.float(), sin.float(), at, 6, interleaved, 2)
+        yield "rope_fwd", (q, k.mT.contiguous().mT, cos[:, :2], sin[:, :2], at.expand(2, 5), 4, interleaved, 1)
+        yield "rope_bwd", (q, k, cos, sin, None, 6, interleaved, 1, [True, False])
+        yield "rope_bwd", (inside, None, cos[:, :2], sin[:, :2], at, 4, interleaved, 1, [False, False])
+        yield "rope_bwd", (None, k.transpose(1, 2), cos, sin, at, 6, interleaved, 2, [False, True])
 
 
 def handled(name, arguments):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,21 +74,37 @@ class TestWithTriton:
         with FakeTensorMode():
             assert _dispatch.pick("softmax", torch.empty(2, 3, device="cuda", dtype=torch.float64)) == "reference"
 
-    def test_large_products_on_hopper_come_to_triton_first(self, monkeypatch):
-        from torch._subclasses import FakeTensorMode
-
-        assert _dispatch.why_no_kernel("linear", "triton") == ""
-        monkeypatch.setitem(_dispatch.KERNELS["linear"], "cuda", _dispatch.KERNELS["linear"]["triton"])
-        with FakeTensorMode():
-            small, large = (torch.empty(size, 4096, device="cuda") for size in (16, 4096))
-        for hopper in (False, True):
-            monkeypatch.setattr(_dispatch, "has_wide_products", lambda index, answer=hopper: answer)
-            assert _dispatch.pick("linear", small) == "cuda"
-            assert _dispatch.pick("linear", large) == ("triton" if hopper else "cuda")
+    def test_tf32_is_torchs_choice(self):
+        code = """
+import torch
+from torch._subclasses import FakeTensorMode
+from fastnn import kernels
+with FakeTensorMode():
+    gpu = torch.empty(2, 3, device="cuda")
+found = [kernels.matmul.precision_of(gpu)]
+for setting in ("tf32", "ieee"):
+    torch.backends.cuda.matmul.fp32_precision = setting
+    found += [module.precision_of(x) for module in (kernels.matmul, kernels.attention) for x in (gpu, torch.ones(2))]
+print(*found)
+"""
+        status, out = run("-c", code)
+        assert status == 0 and out.split() == ["ieee", *["tf32", "ieee"] * 2, *["ieee"] * 4], out
 
     def test_cpu_tensors_need_the_interpreter(self):
         reason = _dispatch.why_not("softmax", "triton", torch.device("cpu"), torch.float32)
         assert reason == "the tensors are on cpu"
+
+    def test_the_environment_forces_it(self):
+        code = """
+import torch, fastnn
+with fastnn.record() as runs:
+    fastnn.softmax(torch.randn(2, 3), -1)
+print(*runs[0])
+"""
+        status, out = run("-c", code, FASTNN_BACKEND="triton", TRITON_INTERPRET="1")
+        assert status == 0 and out.split() == ["softmax_fwd", "triton"], out
+        status, out = run("-c", code, FASTNN_BACKEND="triton")
+        assert status == 1 and "NotImplementedError" in out and "the tensors are on cpu" in out, out
 
 
 @needs_triton
@@ -117,6 +134,22 @@ class TestAheadOfTime:
     """The compilers come with Triton; no GPU is needed."""
 
     TOOL = ROOT / "tools/triton_aot.py"
+
+    def test_every_kernel_is_compiled(self):
+        """The cases of the tool launch each kernel that the sources launch."""
+        code = """
+import sys
+sys.path.insert(0, "tools")
+import triton_aot
+from fastnn.kernels import config
+print(*{launch.kernel.__name__ for arch in ("sm_80", "sm_90")
+        for launch in triton_aot.launches(config.ARCHS[arch], "")})
+"""
+        status, out = run("-c", code)
+        sources = "".join(path.read_text() for path in (ROOT / "fastnn/kernels").glob("*.py"))
+        wanted = set(re.findall(r"^ +(\w+)\[(?:grid\]|\()", sources, re.MULTILINE))
+        assert status == 0 and len(wanted) > 20, out
+        assert wanted - set(out.split()) == set()
 
     @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
     def test_a_sample_compiles(self, arch):

@@ -11,18 +11,15 @@ keeps the machine code of NVIDIA's targets, each with what tools/gpu_audit needs
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
@@ -32,17 +29,10 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fastnn import kernels
+from triton_cases import TYPES, cases
+
 from fastnn.kernels import config
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-    torch.float64: "fp64",
-}
 MATRIX = ("matmul", "matmul_bulk", "attention_rows_fwd", "attention_dq", "attention_dkv")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 GFX_SHARED = 65536
@@ -108,7 +98,7 @@ def launches(arch: config.Arch, only: str) -> list[Launch]:
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: int) -> None:
         launch = launch_of(self, case, args, options)
-        found.setdefault((id(self), launch.signature, str(launch.constants), launch.options), launch)
+        found.setdefault((id(self), launch.signature, str(launch.constants), launch.aligned, launch.options), launch)
 
     before, JITFunction.run = JITFunction.run, record
     config.assumed = arch
@@ -122,111 +112,6 @@ def launches(arch: config.Arch, only: str) -> list[Launch]:
     return list(found.values())
 
 
-def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Calls that reach every kernel in every configuration, in float32, TF32 and bfloat16 (float16 is cut alike)."""
-    for dtype in (torch.float32, torch.bfloat16):
-        yield from ((f"{name} {TYPES[dtype]}", run) for name, run in _row_cases(dtype))
-        yield from ((f"{name} {TYPES[dtype]}", run) for name, run in _matrix_cases(dtype))
-    for name, run in _matrix_cases(torch.float32):
-        if not name.startswith("attention") or name in ("attention 64 ", "attention 256 "):
-            yield f"{name} tf32", functools.partial(_with_tf32, run)
-
-
-def _with_tf32(run: Callable[[], Any]) -> None:
-    allowed = [patch.object(module, "precision_of", lambda x: "tf32") for module in (kernels.matmul, kernels.attention)]
-    with allowed[0], allowed[1]:
-        run()
-
-
-def _row_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    def x(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=of, device="meta")
-
-    float32 = torch.float32
-    for n in (64, 1024, 4096, 16384, 50000):
-        yield f"softmax {n}", lambda n=n: kernels.softmax.softmax_fwd(x(4096, n), 1, False, None)
-        yield f"softmax {n}", lambda n=n: kernels.softmax.softmax_bwd(x(4096, n), x(4096, n), 1, False, dtype)
-        for rms in (False, True):
-            options = (1, 1e-5, rms, True)
-            w, b = x(n), None if rms else x(n)
-            yield f"norm {n}", lambda n=n, w=w, b=b, o=options: kernels.norm.norm_fwd(x(4096, n), None, w, b, *o)
-            yield f"norm {n}", lambda n=n, w=w, b=b, o=options: kernels.norm.norm_fwd(x(4096, n), x(4096, n), w, b, *o)
-            mask = [True, True, not rms]
-            yield (
-                f"norm {n}",
-                lambda n=n, w=w, rms=rms, mask=mask: kernels.norm.norm_bwd(
-                    x(4096, n), None, x(4096, n), w, x(4096, 2, of=float32), 1, rms, dtype, mask
-                ),
-            )
-    yield from _elementwise_cases(x)
-    yield "softmax columns", lambda: kernels.softmax.softmax_fwd(x(64, 128, 64), 1, True, None)
-    yield "softmax columns", lambda: kernels.softmax.softmax_bwd(x(64, 128, 64), x(64, 128, 64), 1, True, dtype)
-    for smoothing, softcap, classes in ((0.0, 0.0, 32000), (0.1, 0.0, 32000), (0.0, 30.0, 1000)):
-        target = x(4096, of=torch.int64)
-        o = (1, -100, smoothing, 0.0, softcap)
-        yield (
-            f"cross_entropy {classes}",
-            lambda c=classes, t=target, o=o: kernels.cross_entropy.cross_entropy_fwd(x(4096, c), t, None, *o),
-        )
-        yield (
-            f"cross_entropy {classes}",
-            lambda c=classes, t=target, o=o: kernels.cross_entropy.cross_entropy_bwd(
-                x(of=dtype), x(4096, c), t, None, x(4096, 2, of=float32), x(2, of=float32), *o
-            ),
-        )
-
-
-def _elementwise_cases(x: Callable[..., torch.Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every activation alone, and one of them in the other forms."""
-    fwd, bwd = kernels.elementwise.activation_fwd, kernels.elementwise.activation_bwd
-    t, b = x(4096, 1024), x(1024)
-    for code in range(1, 9):
-        yield f"activation {code}", lambda code=code: fwd(t, None, None, code, False)
-        yield f"activation {code}", lambda code=code: bwd(t, t, None, None, code, False, [True, False, False])
-    for name, operands, mask in (
-        ("bias", (t, None, b, 4, False), [True, False, True]),
-        ("product", (t, t, None, 4, False), [True, True, False]),
-        ("packed", (x(4096, 2048), None, None, 4, True), [True, False, False]),
-    ):
-        yield f"activation {name}", lambda o=operands: fwd(*o)
-        yield f"activation {name}", lambda o=operands, m=mask: bwd(t, *o, m)
-
-
-def _matrix_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
-    def x(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    for m, n, k in ((4096, 4096, 4096), (512, 768, 768), (8, 4096, 4096), (32, 1024, 1024)):
-        for activation in (0, 2):
-            yield (
-                f"linear {m}x{n}x{k}",
-                lambda m=m, n=n, k=k, a=activation: kernels.linear.linear_fwd(x(m, k), x(n, k), x(n), a, a == 2),
-            )
-        yield (
-            f"linear {m}x{n}x{k}",
-            lambda m=m, n=n, k=k: kernels.linear.linear_bwd(x(m, n), x(m, k), x(n, k), x(m, n), 2, [m, k], [True] * 3),
-        )
-    plain = (0.0, 0.125, 0.0, -1, -1)
-    options = {"": plain, "causal": (0.0, 0.125, 0.0, -1, 0), "softcap dropout window": (0.1, 0.1, 9.0, 128, 0)}
-    options["mask"] = plain
-    for d in (16, 64, 128, 256):
-        for name, o in options.items():
-            mask = x(1024) if name == "mask" else None
-            seed = torch.zeros((), dtype=torch.int64)
-            lse = torch.empty((2, 8, 1024), dtype=torch.float32, device="meta")
-            for length in (1, 1024) if name == "causal" else (1024,):
-                q, k = x(2, 8, length, d), x(2, 8, 1024, d)
-                yield (
-                    f"attention {d} {name}",
-                    lambda q=q, k=k, m=mask, o=o, s=seed: kernels.attention.attention_fwd(q, k, k, m, s, *o),
-                )
-            q = x(2, 8, 1024, d)
-            yield (
-                f"attention {d} {name}",
-                lambda q=q, m=mask, o=o, s=seed, lse=lse: kernels.attention.attention_bwd(q, q, q, q, m, s, q, lse, *o),
-            )
-
-
 def target_of(arch: str) -> GPUTarget:
     """Triton's name of it."""
     return GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
@@ -234,7 +119,8 @@ def target_of(arch: str) -> GPUTarget:
 
 def keep(binary: Any, launch: Launch, row: Row, half: bool, folder: Path) -> None:
     """The machine code and its description under one name; of AMD's code what was read from its text."""
-    stem = f"{row.kernel}-{hashlib.sha256(str(launch).encode()).hexdigest()[:10]}.{row.arch}"
+    digest = hashlib.sha256(str(replace(launch, case="")).encode()).hexdigest()  # whichever case came to it first
+    stem = f"{row.kernel}-{digest[:10]}.{row.arch}"
     constants = ", ".join(f"{name}={value}" for name, value in launch.constants)
     module = launch.kernel.__module__.rpartition(".")[2]
     about = {"kernel": f"{module}.{row.kernel}", "config": f"{row.case}: {constants}", "shared": row.shared}
@@ -289,7 +175,7 @@ def compiled(launch: Launch, arch: config.Arch, folder: Path | None = None) -> R
         row.spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", text) or [0, "0"])[1])
         wanted, small = "mfma", False
     row.matrix = ",".join(found)
-    if folder is not None:
+    if folder is not None and not launch.case.startswith("odd"):  # the audit's rule of 128 bits is for the others
         keep(binary, launch, row, half, folder)
     if row.spills:
         row.broken = f"spills {row.spills}"

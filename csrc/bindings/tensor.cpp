@@ -89,12 +89,16 @@ void check_device(const Tensor& t, const char* op, const char* argument) {
                scope.name());
 }
 
-DType checked_dtype(const Tensor& t, const char* op, const char* argument) {
+void check_dense(const Tensor& t, const char* op, const char* argument) {
   check_device(t, op, argument);
   int32_t layout = 0;
   aoti_torch_get_layout(t.get(), &layout);
   FASTNN_CHECK(layout == aoti_torch_layout_strided(), NotImplemented, "fastnn::", op, ": ",
                argument, " must be a dense (strided) tensor");
+}
+
+DType checked_dtype(const Tensor& t, const char* op, const char* argument) {
+  check_dense(t, op, argument);
   const auto dtype = kernel_dtype(t.scalar_type());
   FASTNN_CHECK(dtype.has_value(), TypeError, "fastnn::", op, ": ", argument,
                " must be float32, bfloat16 or float16, got ", dtype_name(t.scalar_type()));
@@ -128,38 +132,55 @@ Rows rows_of(const Tensor& t, Tensor& holder) {
   return view;
 }
 
-Tensor new_output(const std::vector<int64_t>& sizes, DType dtype) {
+namespace {
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  return new_strided_output(sizes, strides, dtype);
+  return strides;
 }
 
-Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                          DType dtype) {
+Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                  ScalarType dtype, int64_t element) {
   const DeviceScope& scope = DeviceScope::current();
   AtenTensorHandle handle = nullptr;
-  const auto failed = aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-      static_cast<int32_t>(scalar_type(dtype)), scope.type(), scope.index(), &handle);
+  const auto failed =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               static_cast<int32_t>(dtype), scope.type(), scope.index(), &handle);
   if (failed) {
     const char* const why = torch_exception_get_what_without_backtrace
                                 ? torch_exception_get_what_without_backtrace()
                                 : "";
     fail<OutOfMemory>("fastnn: cannot allocate an output of shape ", shape_text(sizes), ", ",
-                      dtype_name(scalar_type(dtype)), ". ", why);
+                      dtype_name(dtype), ". ", why);
   }
   Tensor out(handle);
-  const int64_t bytes = out.numel() * element_bytes(dtype);
+  const int64_t bytes = out.numel() * element;
   if (!scope.cuda()) {
     prepare_output(out.mutable_data_ptr(), bytes);
   } else if (poison()) {
     fill_cuda(out.mutable_data_ptr(), 0xff, bytes);
   }
   return out;
+}
+
+}  // namespace
+
+Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                          DType dtype) {
+  return new_tensor(sizes, strides, scalar_type(dtype), element_bytes(dtype));
+}
+
+Tensor new_output(const std::vector<int64_t>& sizes, DType dtype) {
+  return new_strided_output(sizes, contiguous_strides(sizes), dtype);
+}
+
+Tensor new_codes(const std::vector<int64_t>& sizes) {
+  return new_tensor(sizes, contiguous_strides(sizes), ScalarType::Char, 1);
 }
 
 Tensor new_kept(int64_t floats) {

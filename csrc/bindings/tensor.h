@@ -61,8 +61,9 @@ DType checked_dtype(const Tensor& t, const char* op, const char* argument);
 ScalarType scalar_type(DType t);
 std::optional<DType> kernel_dtype(ScalarType t);
 
-// ValueError unless it is on the call's device.
+// ValueError unless it is on the call's device; also NotImplementedError unless it is dense.
 void check_device(const Tensor& t, const char* op, const char* argument);
+void check_dense(const Tensor& t, const char* op, const char* argument);
 
 std::vector<int64_t> sizes_of(const Tensor& t);
 
@@ -81,6 +82,8 @@ Rows rows_of(const Tensor& t, Tensor& holder);
 Tensor new_output(const std::vector<int64_t>& sizes, DType dtype);
 Tensor new_strided_output(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                           DType dtype);
+// A contiguous one of int8 codes.
+Tensor new_codes(const std::vector<int64_t>& sizes);
 // What the caller keeps and streams again and again, on the CPU: float32, flat (cpu/memory.h).
 Tensor new_kept(int64_t floats);
 

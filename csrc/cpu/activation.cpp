@@ -1,45 +1,13 @@
 #include "cpu/activation.h"
 
-#include <algorithm>
 #include <cstring>
 
+#include "cpu/blocks.h"
 #include "cpu/dispatch.h"
-#include "cpu/parallel.h"
 #include "cpu/parameters.h"
 #include "cpu/record.h"
 
 namespace fastnn {
-namespace {
-
-// Elements worth a thread of their own: about 5 us of work. Also the columns of a block, so that
-// one long row is shared out: whole lines, which streaming stores need.
-constexpr int64_t kGrain = 16384;
-
-// Whether rows of `out` are written past the caches; a null one does not care, and of a single row
-// the rest of a line is stored plainly.
-bool streams_rows(const void* out, int64_t rows, int64_t row_bytes, int64_t tensors) {
-  return out == nullptr || streams(out, rows, rows == 1 ? row_bytes / 64 * 64 : row_bytes, tensors);
-}
-
-// body(block) over the matrix: some rows of it, or some columns of one.
-template <class Body>
-void each_block(int64_t rows, int64_t columns, Body body) {
-  if (columns <= 2 * kGrain) {
-    parallel_for(rows, std::max<int64_t>(1, kGrain / columns),
-                 [&](int64_t begin, int64_t end) { body(Block{begin, end, 0, columns}); });
-    return;
-  }
-  const int64_t parts = (columns + kGrain - 1) / kGrain;
-  parallel_for(rows * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t r = i / parts, first = i % parts * kGrain;
-      body(Block{r, r + 1, first, std::min(columns, first + kGrain)});
-    }
-  });
-}
-
-}  // namespace
-
 void activation_fwd(const ActivationParams& given) {
   ActivationParams p = given;
   const KernelTable& table = kernels();
@@ -86,12 +54,14 @@ void activation_bwd(const ActivationBwdParams& given) {
   const int64_t rows = chunk_rows(n), chunks = std::max<int64_t>(1, (p.rows + rows - 1) / rows);
   const Scratch memory(chunks * n * 4);
   auto* const db = static_cast<float*>(memory.get());
-  parallel_for(chunks, std::max<int64_t>(1, kGrain / (rows * n)), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      std::memset(db + c * n, 0, static_cast<size_t>(n) * sizeof(float));
-      table.activation_bwd(p, bias, {c * rows, std::min(p.rows, (c + 1) * rows), 0, n}, db + c * n);
-    }
-  });
+  parallel_for(chunks, std::max<int64_t>(1, kBlockGrain / (rows * n)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t c = begin; c < end; ++c) {
+                   std::memset(db + c * n, 0, static_cast<size_t>(n) * sizeof(float));
+                   table.activation_bwd(p, bias, {c * rows, std::min(p.rows, (c + 1) * rows), 0, n},
+                                        db + c * n);
+                 }
+               });
   add_chunks(table, db, chunks, n, p.bias_dtype, p.db);
 }
 

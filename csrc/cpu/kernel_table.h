@@ -5,9 +5,12 @@
 #include "params/activation.h"
 #include "params/attention.h"
 #include "params/cross_entropy.h"
+#include "params/dropout_add.h"
 #include "params/limits.h"
 #include "params/linear.h"
+#include "params/masked_softmax.h"
 #include "params/norm.h"
+#include "params/rope.h"
 #include "params/softmax.h"
 
 namespace fastnn {
@@ -21,6 +24,9 @@ struct KernelTable {
   int64_t (*softmax_items)(int64_t outer, int64_t inner);
   void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
   void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
+
+  // Rows [begin, end); kept: a row of floats where y cannot hold them (MaskedSoftmaxParams).
+  void (*masked_softmax_fwd)(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* kept);
 
   // Rows [begin, end).
   void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
@@ -38,6 +44,12 @@ struct KernelTable {
   void (*activation_fwd)(const ActivationParams& p, const float* bias, const Block& block);
   void (*activation_bwd)(const ActivationBwdParams& p, const float* bias, const Block& block,
                          float* db);
+
+  // The block, whose columns begin at a multiple of 64.
+  void (*dropout_add)(const DropoutAddParams& p, const Block& block);
+
+  // Blocks [begin, end) of rope_items(p); scratch: rope_scratch_floats(p).
+  void (*rope)(const RopeParams& p, int64_t begin, int64_t end, float* scratch);
 
   // (Batch entry, key head) pairs as the products take them: attention_key_floats and
   // attention_value_floats of each, 0 where they are read in place.
@@ -73,6 +85,14 @@ struct KernelTable {
 
   // dz of rows [begin, end) where dz is not null, and their column sums where sums is not null.
   void (*linear_slope)(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz, float* sums);
+
+  // Codes of rows [begin, end), their bits flipped by `flip`, rows code_stride bytes apart, and the
+  // rows' scales; strips [s0, s1) of a weight's codes (N x K bytes) and, for each of their columns,
+  // 128 times the sum of its codes.
+  void (*int8_quantise)(const Matrix& x, int64_t K, int64_t begin, int64_t end, uint8_t flip,
+                        uint8_t* codes, int64_t code_stride, float* scale);
+  void (*int8_pack)(const Matrix& codes, int64_t N, int64_t K, int64_t s0, int64_t s1,
+                    float* strips, int32_t* offset);
 
   // n elements of any type to float32 and back.
   void (*to_float32)(const void* x, int64_t stride, DType dtype, int64_t n, float* y);

@@ -27,7 +27,8 @@ struct Split {
 // depends on how the work is split.
 Split split_work(const GemmParams& p) {
   const int64_t threads = thread_count();
-  if (threads == 1 || 2 * p.M * p.N * p.K <= kSerialFlops) return {1, 1};
+  const int64_t serial = p.is_int8 ? 4 * kSerialFlops : kSerialFlops;
+  if (threads == 1 || 2 * p.M * p.N * p.K <= serial) return {1, 1};
   const int64_t most_columns = std::max<int64_t>(1, p.N / kTileColumns);
   const int64_t most_rows = std::max<int64_t>(1, p.M / kRowsPerThread);
   if (p.b_packed != nullptr) {
@@ -38,23 +39,6 @@ Split split_work(const GemmParams& p) {
   const bool columns_only =
       p.M <= 128;  // the ways for few rows take all rows at once (gemm/gemm.h)
   return {columns_only ? 1 : std::min(std::max<int64_t>(1, threads / columns), most_rows), columns};
-}
-
-void run_gemm(const GemmParams& p, const KernelTable& table) {
-  if (p.M == 0 || p.N == 0) return;
-  const Split split = split_work(p);
-  const int64_t scratch_bytes = table.gemm_scratch_floats(p) * 4;
-  const int64_t strips = (p.N + kStrip - 1) / kStrip;
-  parallel_for(split.rows * split.columns, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(scratch_bytes);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / split.columns, column = task % split.columns;
-      const int64_t m0 = p.M * row / split.rows, m1 = p.M * (row + 1) / split.rows;
-      const int64_t n0 = strips * column / split.columns * kStrip;
-      const int64_t n1 = std::min(p.N, strips * (column + 1) / split.columns * kStrip);
-      table.gemm(p, m0, m1, n0, n1, static_cast<float*>(scratch.get()));
-    }
-  });
 }
 
 // Gradients of the pre-activation and of the bias. Chunks of rows have their own partial sums.
@@ -73,6 +57,23 @@ void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
 }
 
 }  // namespace
+
+void run_gemm(const GemmParams& p, const KernelTable& table) {
+  if (p.M == 0 || p.N == 0) return;
+  const Split split = split_work(p);
+  const int64_t scratch_bytes = table.gemm_scratch_floats(p) * 4;
+  const int64_t strips = (p.N + kStrip - 1) / kStrip;
+  parallel_for(split.rows * split.columns, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(scratch_bytes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / split.columns, column = task % split.columns;
+      const int64_t m0 = p.M * row / split.rows, m1 = p.M * (row + 1) / split.rows;
+      const int64_t n0 = strips * column / split.columns * kStrip;
+      const int64_t n1 = std::min(p.N, strips * (column + 1) / split.columns * kStrip);
+      table.gemm(p, m0, m1, n0, n1, static_cast<float*>(scratch.get()));
+    }
+  });
+}
 
 void linear_fwd(const LinearParams& p) {
   const KernelTable& table = kernels();

@@ -5,6 +5,9 @@
 
 namespace fastnn {
 
+struct GemmParams;
+struct KernelTable;
+
 void linear_fwd(const LinearParams& p);
 void linear_bwd(const LinearBwdParams& p);
 
@@ -13,5 +16,8 @@ void linear_bwd(const LinearBwdParams& p);
 // either changes.
 int64_t linear_packed_bytes(int64_t N, int64_t K, DType dtype);
 void linear_pack(const Matrix& w, int64_t N, int64_t K, void* packed);
+
+// The product of cpu/gemm/, split over the threads.
+void run_gemm(const GemmParams& p, const KernelTable& table);
 
 }  // namespace fastnn

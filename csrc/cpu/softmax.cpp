@@ -42,11 +42,11 @@ void softmax_fwd(const SoftmaxParams& given) {
       });
 }
 
-void softmax_bwd(const SoftmaxBwdParams& given) {
+void softmax_bwd(const SoftmaxBwdParams& given, const char* name) {
   SoftmaxBwdParams p = given;
   p.stream = p.inner == 1 && streams(p.dx, p.outer, p.cols * element_bytes(p.dx_dtype), 3);
   const KernelTable& table = kernels();
-  record_run("softmax_bwd", table.isa);
+  record_run(name, table.isa);
   if (p.outer == 0 || p.cols == 0 || p.inner == 0) return;
   const int64_t items = table.softmax_items(p.outer, p.inner);
   parallel_for(items, items_per_grain(p.outer * p.cols * p.inner, items),

@@ -6,6 +6,6 @@
 namespace fastnn {
 
 void softmax_fwd(const SoftmaxParams& p);
-void softmax_bwd(const SoftmaxBwdParams& p);
+void softmax_bwd(const SoftmaxBwdParams& p, const char* name = "softmax_bwd");
 
 }  // namespace fastnn

@@ -10,8 +10,6 @@ struct Heads {
   int64_t batch_stride, head_stride, row_stride;
 };
 
-enum class MaskKind : int32_t { kNone, kBool, kAdditive };
-
 // softmax(cap(q k^T scale) + mask) v per batch entry and head. Query head h reads key head h / (H /
 // H_kv). A query that may attend to no key has output 0, as in torch.
 struct AttentionParams {

@@ -7,6 +7,9 @@ namespace fastnn {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
+// Boolean masks hold 1 where something takes part.
+enum class MaskKind : int32_t { kNone, kBool, kAdditive };
+
 constexpr int64_t element_bytes(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 
 }  // namespace fastnn

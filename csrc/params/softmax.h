@@ -16,7 +16,7 @@ struct SoftmaxParams {
   bool stream = false;  // y is written past the caches: inner == 1, rows of whole aligned lines
 };
 
-// dx = y (dy - sum(dy y)), of the logarithm dx = dy - exp(y) sum(dy).
+// dx = scale y (dy - sum(dy y)), of the logarithm dx = dy - exp(y) sum(dy).
 struct SoftmaxBwdParams {
   const void* dy;
   const void* y;
@@ -26,6 +26,7 @@ struct SoftmaxBwdParams {
   DType y_dtype, dx_dtype;  // dy has y's type; dx has it too, or y is float32
   bool log;
   bool stream = false;  // dx is
+  float scale = 1.f;    // inner == 1
 };
 
 }  // namespace fastnn

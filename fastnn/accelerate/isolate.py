@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
+from ..nn import Int8Linear
+
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 
 
@@ -69,6 +71,8 @@ def isolated(model: Module) -> Iterator[None]:
     for module in modules:
         for member in _MEMBERS:
             vars(module)[member] = dict(vars(module)[member])
+        if isinstance(module, Int8Linear):
+            continue  # no forward writes to codes, and the packed copy is of these
         buffers = vars(module)["_buffers"]
         for name, buffer in buffers.items():
             if buffer is not None:

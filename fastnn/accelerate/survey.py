@@ -11,7 +11,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import _dispatch, _extension
-from ..nn import CrossEntropyLoss, LayerNorm, Linear, LogSoftmax, MultiheadAttention, RMSNorm, Softmax
+from ..nn import CrossEntropyLoss, Int8Linear, LayerNorm, Linear, LogSoftmax, MultiheadAttention, RMSNorm, Softmax
 from . import activations, attention
 from .fuse import LINEAR, NORMS, Pair, Reading, read
 from .fused import STATE, Fusion, fused_class, why_not_fused
@@ -27,7 +27,7 @@ _SWAPPED: dict[type[Module], tuple[type[Module], str]] = {
     nn.RMSNorm: (RMSNorm, "norm"),
 }
 """Layers that only change their class, and the op that runs them."""
-FASTNN = (Linear, *(ours for ours, _ in _SWAPPED.values()))
+FASTNN = (Linear, Int8Linear, *(ours for ours, _ in _SWAPPED.values()))
 """The classes that run on fastnn's kernels."""
 
 
@@ -105,6 +105,9 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
     was = type(module).__name__
     if isinstance(module, nn.Linear):
         return _linear(Finding(name, module, was, "linear"), module, freeze)
+    if isinstance(module, Int8Linear):
+        backend, reason = backend_for("linear_int8", module.weight.device, sample.dtype)
+        return Finding(name, module, was, "linear_int8", backend, reason=reason or "is fastnn's already")
     for theirs, (_, op) in _SWAPPED.items():
         if isinstance(module, theirs):
             return _swapped(Finding(name, module, was, op), sample)

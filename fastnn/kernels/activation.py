@@ -76,11 +76,11 @@ def slope(s, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def through(g, z, ACTIVATION: tl.constexpr):
-    """g f'(z), all from z. Where an activation is cut off nothing comes through, infinities neither."""
-    if ACTIVATION == SIGMOID:
+def through(g, z, ACTIVATION: tl.constexpr, SAVED: tl.constexpr):
+    """g f'(z) from z; SAVED: from f(z) for relu, sigmoid and tanh. Nothing comes through where f is cut off, no inf."""
+    if ACTIVATION == SIGMOID and not SAVED:
         g = g * (sigmoid(z) * sigmoid(-z))
-    elif ACTIVATION == TANH:
+    elif ACTIVATION == TANH and not SAVED:
         g = g * (sigmoid(2.0 * z) * sigmoid(-2.0 * z) * 4.0)
     elif ACTIVATION == RELU:
         g = tl.where(z <= 0.0, 0.0, g)

@@ -76,7 +76,7 @@ def _call(
 def _run(kernel: str, launch: Callable[[Attention], None], c: Call, bd: int, bdv: int) -> None:
     """Launches `fwd`, `dq` or `dkv` cut as its shape wants it; bd and bdv features are in a tile."""
     (B, H, S_q, _), S_k, arch = c.q.shape, c.k.shape[2], arch_of(c.q.device.index)
-    cut = attention_config(kernel, S_q, S_k, bd, bdv, c.q.element_size(), c.rich, arch)
+    cut = attention_config(kernel, S_q, S_k, bd, bdv, c.q.element_size(), c.flags[-1], c.rich, arch)
     tune.run(f"attention_{kernel}", launch, cut, c.q, arch, (B, H, c.k.shape[1], S_q, S_k, bd, bdv), c.flags)
 
 

@@ -91,8 +91,16 @@ def rows_config(columns: int, rows: int, arch: Arch, largest: int = 16384, step:
     return Rows(together, block, True, min(max(together * block // 512, 4), most))
 
 
+class Tile(NamedTuple):
+    """A program's tile of a kernel that treats every element alone."""
+
+    rows: int
+    block: int
+    warps: int
+
+
 @functools.cache
-def elementwise_config(columns: int, rows: int, arch: Arch) -> Rows:
+def elementwise_config(columns: int, rows: int, arch: Arch) -> Tile:
     """Tile of a kernel that treats every element alone.
 
     16 elements a thread are four loads of 16 bytes in float32, two in half precision, for each operand: enough in
@@ -101,7 +109,7 @@ def elementwise_config(columns: int, rows: int, arch: Arch) -> Rows:
     tile = 16384 if arch.name == "interpreted" else 2048
     block = min(power_of_2(columns, 16), tile)
     together = min(tile // block, power_of_2(rows))
-    return Rows(together, block, block >= columns, max(min(together * block // 512, 4), 1))
+    return Tile(together, block, max(min(together * block // 512, 4), 1))
 
 
 class Columns(NamedTuple):
@@ -114,17 +122,16 @@ class Columns(NamedTuple):
 
 
 @functools.cache
-def columns_config(columns: int, rows: int, arch: Arch) -> Columns:
+def columns_config(columns: int, rows: int, arch: Arch, tall: int = 32, warps: int = 4) -> Columns:
     """Tile of a column sum.
 
     128 neighbouring columns are whole lines of memory. The rows are cut into as many parts as give each
     multiprocessor four programs, each at least one tile: more parts would be more partial sums to read again.
     """
     block = min(power_of_2(columns, 16), 128)
-    tall = 32
     blocks = cdiv(columns, block)
     parts = min(max(4 * arch.processors // blocks, 1), cdiv(rows, tall))
-    return Columns(tall, block, parts, 4)
+    return Columns(tall, block, parts, warps)
 
 
 class NormBackward(NamedTuple):
@@ -237,7 +244,7 @@ class Attention(NamedTuple):
 
 @functools.cache
 def attention_config(
-    kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, rich: bool, arch: Arch
+    kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, precision: str, rich: bool, arch: Arch
 ) -> Attention:
     """Tile of `fwd`, `dq` or `dkv`.
 
@@ -257,6 +264,8 @@ def attention_config(
         if wide > 128:
             return Attention(16, 16, 8 if arch.name == "sm_80" else 4, 1)  # the other number spilled 8 bytes
         warps = 4 if amd and kernel != "fwd" else 8
+        if arch.name == "sm_90" and kernel == "dq" and precision == "tf32" and wide == 64:
+            warps = 4  # eight spilled 8 bytes with Triton 3.6
         stages = 1 if amd or (rich and kernel == "dkv") else 2
         if arch.name == "sm_80" and rich and kernel == "dkv" and wide <= 64:
             return Attention(16, 32, 4, 2)  # eight warps spilled 8 bytes

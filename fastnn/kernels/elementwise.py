@@ -1,15 +1,15 @@
 """Activations of a sum with a bias, and products with an activation (GLU). float32 arithmetic whatever the type."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..ops.activation import activation_bwd_fake, activation_fwd_fake
+from . import tune
 from .activation import activate, through
-from .config import arch_of, cdiv, columns_config, elementwise_config
+from .config import Tile, arch_of, cdiv, elementwise_config
 from .library import register, rows_of
-from .sums import add_parts
+from .sums import slope_and_sum
 
 
 @triton.jit
@@ -77,42 +77,8 @@ def activation_bwd_tile(
     if dx_ptr is not None:
         if factor_ptr is not None:
             g *= tl.load(factor_ptr + r * factor_stride + c, mask=inside, other=0.0).to(tl.float32)
-        dx = through(g, z, ACTIVATION)
+        dx = through(g, z, ACTIVATION, False)
         tl.store(dx_ptr + r * d_stride + c, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def activation_bwd_columns(
-    dy_ptr,
-    x_ptr,
-    bias_ptr,
-    dx_ptr,
-    db_ptr,
-    rows,
-    n,
-    dy_stride,
-    x_stride,
-    part_rows,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dx, where wanted, and the partial db of BLOCK columns over one part of the rows."""
-    c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    part = tl.program_id(1).to(tl.int64)
-    end = tl.minimum(rows, (part + 1) * part_rows)
-    bias = tl.load(bias_ptr + c, mask=c < n, other=0.0).to(tl.float32)
-    db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(part * part_rows, end, ROWS):
-        r = start + tl.arange(0, ROWS)[:, None]
-        inside = (r < end) & (c < n)
-        g = tl.load(dy_ptr + r * dy_stride + c, mask=inside, other=0.0).to(tl.float32)
-        z = tl.load(x_ptr + r * x_stride + c, mask=inside, other=0.0).to(tl.float32) + bias
-        dx = through(g, z, ACTIVATION)
-        if dx_ptr is not None:
-            tl.store(dx_ptr + r * n + c, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        db += tl.where(inside, dx, 0.0)
-    tl.store(db_ptr + part * n + c, tl.sum(db, 0)[None, :], mask=c < n)
 
 
 def _halves(t: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -146,12 +112,17 @@ def activation_fwd(input: Tensor, factor: Tensor | None, bias: Tensor | None, ac
     x, f = _operands(input, factor, packed, n)
     b = None if bias is None else bias.contiguous()
     rows, columns = _extents((x, f), bias, output.numel() // n, n)
-    tile = elementwise_config(columns, rows, arch_of(input.device.index))
-    grid = (cdiv(rows, tile.rows) * cdiv(columns, tile.block),)
-    activation_fwd_tile[grid](
-        x, f, b, output, rows, columns, x.stride(0), _stride(f), activation, tile.rows, tile.block,
-        num_warps=tile.warps,
-    )  # fmt: skip
+    arch = arch_of(input.device.index)
+
+    def launch(tile: Tile) -> None:
+        grid = (cdiv(rows, tile.rows) * cdiv(columns, tile.block),)
+        activation_fwd_tile[grid](
+            x, f, b, output, rows, columns, x.stride(0), _stride(f), activation, tile.rows, tile.block,
+            num_warps=tile.warps,
+        )  # fmt: skip
+
+    has = (activation, f is not None, b is not None, packed)
+    tune.run("activation_fwd", launch, elementwise_config(columns, rows, arch), x, arch, (rows, columns), has)
     return output
 
 
@@ -172,28 +143,27 @@ def activation_bwd(
         return dx, d_factor, db
     n = grad.shape[-1] if grad.dim() else 1
     x, f = _operands(input, factor, packed, n)
-    dy, b, arch = rows_of(grad, n), None if bias is None else bias.contiguous(), arch_of(input.device.index)
+    dy, b = rows_of(grad, n), None if bias is None else bias.contiguous()
     rows = grad.numel() // n
     if db is not None:
-        cut = columns_config(n, rows, arch)
-        part_db = x.new_empty((cut.parts, n), dtype=torch.float32)
-        activation_bwd_columns[(cdiv(n, cut.block), cut.parts)](
-            dy, x, b, dx, part_db, rows, n, dy.stride(0), x.stride(0), cdiv(rows, cut.parts), activation, cut.rows,
-            cut.block, num_warps=cut.warps,
-        )  # fmt: skip
-        add_parts(part_db, db)
+        slope_and_sum(dy, x, b, dx, db, activation, saved=False)
         return dx, d_factor, db
     to_x, to_factor = dx, d_factor
     if packed and dx is not None:
         to_x, to_factor = _halves(dx, n)
     d_stride = 2 * n if packed else n
     rows, columns = (rows, n) if packed else _extents((dy, x, f), bias, rows, n)
-    tile = elementwise_config(columns, rows, arch)
-    grid = (cdiv(rows, tile.rows) * cdiv(columns, tile.block),)
-    activation_bwd_tile[grid](
-        dy, x, f, b, to_x, to_factor, rows, columns, dy.stride(0), x.stride(0), _stride(f), d_stride, activation,
-        tile.rows, tile.block, num_warps=tile.warps,
-    )  # fmt: skip
+    arch = arch_of(input.device.index)
+
+    def launch(tile: Tile) -> None:
+        grid = (cdiv(rows, tile.rows) * cdiv(columns, tile.block),)
+        activation_bwd_tile[grid](
+            dy, x, f, b, to_x, to_factor, rows, columns, dy.stride(0), x.stride(0), _stride(f), d_stride, activation,
+            tile.rows, tile.block, num_warps=tile.warps,
+        )  # fmt: skip
+
+    has = (activation, f is not None, b is not None, packed, to_x is not None, to_factor is not None)
+    tune.run("activation_bwd", launch, elementwise_config(columns, rows, arch), x, arch, (rows, columns), has)
     return dx, d_factor, db
 
 

@@ -1,48 +1,11 @@
 """Linear layer and activation: bias and activation in the epilogue of the product; backward in two products."""
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..ops.linear import linear_bwd_fake, linear_fwd_fake
-from .activation import slope
-from .config import arch_of, cdiv, columns_config
 from .library import register
 from .matmul import product
-from .sums import add_parts
-
-
-@triton.jit
-def linear_slope(
-    dy_ptr,
-    s_ptr,
-    dz_ptr,
-    db_ptr,
-    M,
-    N,
-    dy_row,
-    dy_col,
-    part_rows,
-    ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dz = dy f'(z), and of each part of the rows its sum."""
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    part = tl.program_id(1).to(tl.int64)
-    end = tl.minimum(M, (part + 1) * part_rows)
-    db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(part * part_rows, end, ROWS):
-        m = start + tl.arange(0, ROWS)[:, None]
-        inside = (m < end) & (n < N)
-        dz = tl.load(dy_ptr + m * dy_row + n * dy_col, mask=inside, other=0.0).to(tl.float32)
-        if ACTIVATION != 0:
-            dz *= slope(tl.load(s_ptr + m * N + n, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-            tl.store(dz_ptr + m * N + n, dz.to(dz_ptr.dtype.element_ty), mask=inside)
-        db += tl.where(inside, dz, 0.0)
-    if db_ptr is not None:
-        tl.store(db_ptr + part * N + n, tl.sum(db, 0)[None, :], mask=n < N)
+from .sums import slope_and_sum
 
 
 def linear_fwd(
@@ -81,17 +44,9 @@ def linear_bwd(
     dy = grad.reshape(-1, N)
     dz = dy
     if activation or db is not None:
-        M = dy.shape[0]
-        cut = columns_config(N, M, arch_of(grad.device.index))
-        s = None if slope is None or not activation else slope.contiguous()
-        dz = grad.new_empty((M, N)) if activation else dy
-        parts = None if db is None else grad.new_empty((cut.parts, N), dtype=torch.float32)
-        linear_slope[(cdiv(N, cut.block), cut.parts)](
-            dy, s, dz, parts, M, N, *dy.stride(), cdiv(M, cut.parts), activation, cut.rows, cut.block,
-            num_warps=cut.warps,
-        )  # fmt: skip
-        if db is not None and parts is not None:
-            add_parts(parts, db)
+        s = None if slope is None or not activation else slope.contiguous().view(-1, N)
+        dz = grad.new_empty(dy.shape) if activation else dy
+        slope_and_sum(dy, s, None, dz if activation else None, db, activation, saved=True)
     if dx is not None:
         product(dz, weight, dx)
     if dw is not None and input is not None and K:

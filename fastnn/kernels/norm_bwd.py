@@ -130,7 +130,7 @@ def norm_bwd_columns(
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(part * part_rows, end, ROWS):
-        r = start + tl.arange(0, ROWS)[:, None]
+        r = start + tl.arange(0, ROWS)[:, None].to(tl.int64)
         inside = (r < end) & (c < n)
         dy = tl.load(dy_ptr + r * dy_stride + c, mask=inside, other=0.0).to(tl.float32)
         if dw_ptr is not None:

@@ -22,9 +22,9 @@ import triton
 from triton.errors import TritonError
 
 from .. import __version__
-from .config import Arch, Attention, NormBackward, Product, Rows, power_of_2
+from .config import Arch, Attention, Columns, NormBackward, Product, Rows, Tile, power_of_2
 
-Config = TypeVar("Config", Rows, NormBackward, Product, Attention)
+Config = TypeVar("Config", Rows, Tile, Columns, NormBackward, Product, Attention)
 
 LEAST_GAIN = 0.03
 """A neighbour must be this much faster to replace a configuration: medians of equal kernels differ by 1 to 2 %."""
@@ -34,6 +34,7 @@ MOST = 24
 
 _RANGES: dict[str, tuple[int, int]] = {
     "rows": (1, 64),
+    "block": (16, 4096),
     "bm": (16, 256),
     "bn": (16, 256),
     "bk": (16, 128),
@@ -43,6 +44,8 @@ _RANGES: dict[str, tuple[int, int]] = {
 
 _FIELDS: dict[type, tuple[str, ...]] = {
     Rows: ("warps", "rows"),
+    Tile: ("warps", "block", "rows"),
+    Columns: ("warps", "block", "rows"),  # not into how many partial sums the rows are cut: they are allocated
     NormBackward: ("warps",),  # its other numbers decide how many partial sums there are
     Product: ("bm", "bn", "bk", "warps", "stages"),
     Attention: ("bm", "bn", "warps", "stages"),

@@ -3,20 +3,24 @@
 from .activation import GELU, Hardswish, ReLU, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
 from .linear import Linear
+from .linear_int8 import Int8Linear
 from .loss import CrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
+from .rope import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
 
 __all__ = [
     "GELU",
     "CrossEntropyLoss",
     "Hardswish",
+    "Int8Linear",
     "LayerNorm",
     "Linear",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",
     "ReLU",
+    "RotaryEmbedding",
     "SiLU",
     "Sigmoid",
     "Softmax",

@@ -3,24 +3,34 @@
 from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
+from .dropout_add import dropout_add
 from .linear import linear
+from .linear_int8 import linear_int8, quantize_rows
+from .masked_softmax import masked_softmax
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rope import rope, rope_tables
 from .softmax import log_softmax, softmax
 
 __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "cross_entropy",
+    "dropout_add",
     "geglu",
     "gelu",
     "hardswish",
     "layer_norm",
     "linear",
+    "linear_int8",
     "log_softmax",
+    "masked_softmax",
+    "quantize_rows",
     "reglu",
     "relu",
     "relu2",
     "rms_norm",
+    "rope",
+    "rope_tables",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class PackedWeight:
     def __init__(self) -> None:
         self._packed: Tensor | None = None
         self._key: tuple[Any, ...] = ()
-        self._source: Tensor | None = None  # holds the weight's memory: else another weight could get its address
+        self._source: tuple[Tensor, ...] = ()  # holds the weight's memory: else another weight could get its address
 
     def get(self, weight: Tensor, training: bool) -> Tensor | None:
         """The packed copy of `weight`, or None where the rule forbids it or no kernel reads one."""
@@ -31,27 +32,26 @@ class PackedWeight:
         if training or (weight.requires_grad and torch.is_grad_enabled()):
             self.drop()
             return None
-        if _extension._C is None or weight.device.type != "cpu" or weight.dtype not in _dispatch.KERNEL_DTYPES:
+        if weight.dtype not in _dispatch.KERNEL_DTYPES:
+            return None
+        return self._copy_of((weight,), "linear_pack")
+
+    def _copy_of(self, sources: tuple[Tensor, ...], packer: str) -> Tensor | None:
+        """The copy that the raw operator `packer` makes of `sources`; None where no kernel reads one."""
+        if _extension._C is None or sources[0].device.type != "cpu":
             return None
         if _dispatch.backend_in_force() not in (None, "cpu"):
             return None
-        key = (
-            weight.data_ptr(),
-            weight._version,
-            weight.dtype,
-            weight.shape,
-            weight.stride(),
-            _extension._C.isa(),
-        )
+        key = (_extension._C.isa(), *((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources))
         if self._packed is None or key != self._key:
-            self._packed = torch.ops.fastnn.linear_pack.default(weight.detach(), True)
-            self._key, self._source = key, weight.detach()
+            pack: Callable[..., Tensor] = getattr(torch.ops.fastnn, packer).default
+            self._source = tuple(t.detach() for t in sources)
+            self._packed, self._key = pack(*self._source, True), key
         return self._packed
 
     def drop(self) -> None:
         """Forgets the packed copy and frees its memory."""
-        self._packed = self._source = None
-        self._key = ()
+        self._packed, self._key, self._source = None, (), ()
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +59,17 @@ class PackedWeight:
         return 0 if self._packed is None else self._packed.numel() * self._packed.element_size()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        return PackedWeight()
+        return type(self)()
 
     def __reduce__(self) -> tuple[type[PackedWeight], tuple[()]]:
-        return PackedWeight, ()
+        return type(self), ()
+
+
+class PackedCodes(PackedWeight):
+    """The same of int8 codes, which no optimizer writes to: it is used while the layer's model trains, too."""
+
+    def get_codes(self, codes: Tensor, scale: Tensor) -> Tensor | None:
+        """The packed copy of a weight codes * scale[:, None], or None where no kernel reads one."""
+        if torch.compiler.is_compiling() or _dispatch.transformed():
+            return None
+        return self._copy_of((codes, scale), "linear_int8_pack")

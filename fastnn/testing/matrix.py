@@ -202,7 +202,7 @@ def prove_ran(case: Case, target: Target, runs: Sequence[KernelRun], where: str)
     if strays:
         raise PromiseError(f"{where}: ran elsewhere: {', '.join(strays)}")
     if target.backend == "reference":
-        wanted = {f"{case.op}_fwd"}
+        wanted = {case.forward_kernel.replace("_packed", "")}  # packed weights are a format of the CPU kernels'
     else:
         wanted = {case.forward_kernel, *([case.backward_kernel] if case.differentiable else [])}
     lacking = wanted - {run.kernel for run in runs}

@@ -19,7 +19,7 @@ namespace {
 
 const KernelTable& kernels() { none(); }
 void softmax_fwd(const SoftmaxParams&) { none(); }
-void softmax_bwd(const SoftmaxBwdParams&) { none(); }
+void softmax_bwd(const SoftmaxBwdParams&, const char*) { none(); }
 int64_t first_bad_target(const CrossEntropyParams&) { none(); }
 void cross_entropy_fwd(const CrossEntropyFwdParams&) { none(); }
 void cross_entropy_bwd(const CrossEntropyBwdParams&) { none(); }

@@ -32,6 +32,7 @@ def cell(*names: str) -> tuple[str, ...]:
 SOFTMAX, GEMM = "csrc/cpu/kernels/softmax.h", "csrc/cpu/gemm/gemm.h"
 NORM = "csrc/cpu/kernels/norm.h"
 ACTIVATION = "csrc/cpu/kernels/activation.h"
+MASKED, ROPE = "csrc/cpu/kernels/masked_softmax.h", "csrc/cpu/kernels/rope.h"
 PARAMETERS = "csrc/cpu/parameters.h"
 LINEAR, SIMD = "csrc/cpu/linear.cpp", "csrc/cpu/simd/"
 OPS = "fastnn/ops/"
@@ -84,7 +85,7 @@ KERNEL_FAULTS = [
     Fault(
         "product: sums start from stale scratch",
         "csrc/cpu/gemm/tile.h",
-        "t + s * kStrip, ldt, accumulate || u > 0,",
+        "t + s * kStrip, ldt, accumulate,",
         "t + s * kStrip, ldt, true,",
         cell("linear-fp32-{isa}-contiguous"),
     ),
@@ -113,8 +114,9 @@ KERNEL_FAULTS = [
     Fault(
         "epilogue runs backwards: activation before bias",
         GEMM,
-        "for (int s = 0; s < p.epilogue.count; ++s) {",
-        "for (int s = p.epilogue.count - 1; s >= 0; --s) {",
+        "write(c + start + n, activate<A, kRough>(v));",
+        "if (bias != nullptr) v -= load(bias + n0 + n); v = activate<A, kRough>(v); "
+        "if (bias != nullptr) v += load(bias + n0 + n); write(c + start + n, v);",
         cell("linear-fp32-{isa}-contiguous"),
     ),
     Fault(
@@ -297,7 +299,7 @@ PYTHON_FAULTS = [
     Fault(
         "packed weight: a changed weight is not noticed",
         f"{OPS}packing.py",
-        "            weight._version,\n",
+        "t._version, ",
         "",
         (f"{PACKING}::test_changed_weight_is_packed_again",),
     ),
@@ -667,6 +669,227 @@ ACTIVATION_FAULTS = [
     ),
 ]
 
+MASKED_FAULTS = [
+    Fault(
+        "masked_softmax: a row in which nothing takes part is NaN",
+        MASKED,
+        "top == -__builtin_inff() ? 0.f : top",
+        "top",
+        cell("masked_softmax-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "masked_softmax: a boolean mask lets NaN through",
+        "csrc/cpu/kernels/mask.h",
+        "if constexpr (__is_same(M, MaskByte)) return select(",
+        "if constexpr (sizeof(M) == 0) return select(",
+        cell("masked_softmax-fp32-{isa}-nonfinite"),
+    ),
+    Fault(
+        "masked_softmax: a row is not cleared past the diagonal",
+        MASKED,
+        "    std::memset(kept + n, 0, (size_t)(p.columns - n) * sizeof(float));\n",
+        "",
+        cell("masked_softmax-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "masked_softmax: a mask of heads is that of the first",
+        "csrc/bindings/masked_softmax.cpp",
+        "at < 0 || holder.size(at) == 1 ? 0 : holder.stride(at)",
+        "at < 0 || d + 2 < rank || holder.size(at) == 1 ? 0 : holder.stride(at)",
+        cell("masked_softmax-fp32-{isa}-leading_dims"),
+    ),
+    Fault(
+        "masked_softmax: the gradient lacks the scale",
+        SOFTMAX,
+        "sum, kLog) * factor;",
+        "sum, kLog);",
+        cell("masked_softmax-bf16-{isa}-contiguous"),
+    ),
+]
+
+DROPOUT_FAULTS = [
+    Fault(
+        "dropout_add: another mask in backward",
+        "csrc/bindings/dropout_add.cpp",
+        "  call.y = dx.mutable_data_ptr();\n",
+        "  call.y = dx.mutable_data_ptr();\n  call.seed += 1;\n",
+        cell("dropout_add-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "dropout_add: rows share their mask",
+        "csrc/cpu/kernels/dropout_add.h",
+        "(uint64_t)r * groups + (uint64_t)i / 4",
+        "(uint64_t)i / 4",
+        cell("dropout_add-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "dropout_add: what is kept is not divided by 1 - p",
+        "csrc/cpu/kernels/dropout_add.h",
+        "const float scale = 1.f / (1.f - p.p);",
+        "const float scale = 1.f;",
+        cell("dropout_add-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "philox: odd counters are the even ones",
+        f"{SIMD}philox.h",
+        "odd = multiply_low((LanePairs)a >> 32, m);",
+        "odd = even;",
+        cell("dropout_add-fp32-{isa}-contiguous"),
+    ),
+]
+
+ROPE_FAULTS = [
+    Fault(
+        "rope: the rotation turns the wrong way",
+        ROPE,
+        "splat(p.inverse ? -1.f : 1.f)",
+        "splat(p.inverse ? 1.f : -1.f)",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: backward of free tables takes its own entry of the sine",
+        ROPE,
+        "angles.sin + (p.inverse ? second : 0);",
+        "angles.sin;",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: neighbours are exchanged before the sine in backward too",
+        ROPE,
+        "inverse ? swap_neighbours(turn * a[v]) : turn",
+        "inverse ? -turn * swap_neighbours(a[v]) : turn",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: features that are not rotated are not written",
+        ROPE,
+        "if (p.rotary < p.D) keep_rest(",
+        "if (p.rotary > p.D) keep_rest(",
+        cell("rope-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: positions of the first batch entry count for all",
+        "csrc/bindings/rope.cpp",
+        "p.positions_batch_stride = batch == 1 ? 0 : p.S;",
+        "p.positions_batch_stride = 0;",
+        cell("rope-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "rope: a position past the tables is read",
+        "csrc/bindings/rope.cpp",
+        "p.positions[i] < rows,",
+        "p.positions[i] <= rows,",
+        ("tests/test_ops_invalid.py::test_invalid_call[rope-fwd_positions_high]",),
+    ),
+    Fault(
+        "rope: heads side by side come back apart",
+        "csrc/bindings/rope.cpp",
+        "const bool swapped = inside == (call.heads_dim == 1);",
+        "const bool swapped = false;",
+        ("tests/test_ops_rope.py::test_memory_order_is_kept",),
+    ),
+    Fault(
+        "rope: the gradient of one of both is dropped",
+        f"{OPS}rope.py",
+        "if grads[0] is None and grads[1] is None:",
+        "if grads[0] is None or grads[1] is None:",
+        ("tests/test_ops_rope.py::test_one_of_both_gradients",),
+    ),
+]
+
+INT8, INT8_KERNEL = "tests/test_int8.py", "csrc/cpu/kernels/linear_int8.h"
+INT8_BITS = (f"{INT8}::test_same_bits_as_plain_pytorch[torch.float32-{{isa}}]",)
+INT8_ROWS = (f"{INT8}::test_rows_of_every_kind[torch.float32-{{isa}}]",)
+INT8_FAULTS = [
+    Fault(
+        "int8: the largest magnitude of a row misses its tail",
+        INT8_KERNEL,
+        "if (left <= 0) continue;",
+        "if (left < kLanes) continue;",
+        INT8_ROWS,
+    ),
+    Fault(
+        "int8: a row with an infinity counts as finite",
+        INT8_KERNEL,
+        "if (bits >= kInfinityBits) {",
+        "if (bits > kInfinityBits) {",
+        INT8_ROWS,
+    ),
+    Fault(
+        "int8: a row of zeros has the scale 0",
+        INT8_KERNEL,
+        "scale[m] = one > kLeastScale ? one : kLeastScale;",
+        "scale[m] = one;",
+        INT8_ROWS,
+    ),
+    Fault(
+        "int8: values are cut down to codes, not rounded",
+        f"{SIMD}codes.h",
+        "_mm256_cvtps_epi32((__m256)x)",
+        "_mm256_cvttps_epi32((__m256)x)",
+        INT8_BITS,
+        isa="avx2",
+    ),
+    Fault(
+        "int8: products of bytes saturate at 16 bits",
+        f"{SIMD}codes.h",
+        "return (Vec)_mm256_add_epi32(_mm256_add_epi32((__m256i)c, even), odd);",
+        "return (Vec)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), "
+        "_mm256_set1_epi16(1)));",
+        (f"{INT8}::test_sums_are_exact_at_their_longest[avx2]",),
+        isa="avx2",
+    ),
+    Fault(
+        "int8: the shift of the inputs' codes is not taken back",
+        GEMM,
+        "(IVec)((UVec)load(t) - (UVec)load_ints(s.offset + n))",
+        "(IVec)load(t)",
+        INT8_BITS,
+    ),
+    Fault(
+        "int8: sums of two blocks of K are added as floats",
+        "csrc/cpu/gemm/units.h",
+        "return (Vec)((UVec)a + (UVec)b);",
+        "return a + b;",
+        INT8_BITS,
+    ),
+    Fault(
+        "int8: a layer's packed copy does not follow its scales",
+        f"{OPS}packing.py",
+        "t.stride()) for t in sources))",
+        "t.stride()) for t in sources[:1]))",
+        (f"{INT8}::test_packs_once_and_follows_its_buffers",),
+    ),
+    Fault(
+        "int8: the scale is rounded with the model",
+        "fastnn/nn/linear_int8.py",
+        "if self.weight_scale.dtype != torch.float32:",
+        "if self.weight_scale.dtype == torch.float64:",
+        (f"{INT8}::test_scale_stays_float32",),
+    ),
+    Fault(
+        "int8: floating weights are loaded as whole numbers",
+        "fastnn/nn/linear_int8.py",
+        "weight.dtype != torch.int8:",
+        "weight.dtype == torch.float64:",
+        (f"{INT8}::test_floating_weights_are_not_loaded_into_codes",),
+    ),
+    Fault(
+        "quantize_: a slower layer is quantised all the same",
+        "fastnn/quant/quantize.py",
+        "if slowdown > max_slowdown:",
+        "if slowdown > 10 * max_slowdown:",
+        ("tests/test_quantize.py::test_slower_layers_are_left_alone_and_said_so",),
+    ),
+    Fault(
+        "quantize_: tied layers have codes of their own",
+        "fastnn/quant/quantize.py",
+        "setattr(layer.made, name, buffer)",
+        "setattr(layer.made, name, buffer.clone())",
+        ("tests/test_quantize.py::test_tied_layers_share_their_codes",),
+    ),
+]
+
 FAULTS = [
     *KERNEL_FAULTS,
     *BINDING_FAULTS,
@@ -675,4 +898,8 @@ FAULTS = [
     *ATTENTION_FAULTS,
     *NORM_FAULTS,
     *ACTIVATION_FAULTS,
+    *MASKED_FAULTS,
+    *DROPOUT_FAULTS,
+    *ROPE_FAULTS,
+    *INT8_FAULTS,
 ]

@@ -18,7 +18,10 @@ STAND_FOR = {
     "attention": ("causal", "grouped", "blocked_full", "dropout", "everything", "few"),
     "cross_entropy": ("mean", "everything_mean", "probabilities_mean", "none"),
     "linear": ("None_bias", "gelu_tanh_bias", "relu_bias", "9x49x35"),
+    "dropout_add": ("rows_0.3",),
+    "masked_softmax": ("rows_bool", "causal_own"),
     "norm": ("layer_rows", "rms_rows", "add_layer_rows", "add_rms_rows"),
+    "rope": ("halves_rows", "neighbours_partial"),
     "softmax": ("rows", "log_rows", "columns"),
 }
 """Op -> cases that stand for its kernels where the whole matrix would take too long."""

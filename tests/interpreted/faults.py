@@ -25,7 +25,7 @@ class Fault(NamedTuple):
     old: str
     new: str
     case: str
-    """op/name/dtype."""
+    """op/name/dtype; far/name/offset: as in far.py."""
 
 
 SOFTMAX, LOSS, NORM = "softmax.py", "cross_entropy.py", "norm.py"
@@ -65,7 +65,7 @@ FAULTS = [
         "    x_row = x_ptr + r * x_stride",
         "r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]\n    c = tl.arange(0, BLOCK)[None, :]\n"
         "    x_row = x_ptr + r * x_stride",
-        "far_rows",
+        "far/softmax/0",
     ),
     Fault(
         "softmax: backward adds up the gradient without the weights",
@@ -110,6 +110,13 @@ FAULTS = [
         "norm/{add}/fp32",
     ),
     Fault(
+        "norm: offsets in 32 bits",
+        NORM,
+        "r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]",
+        "r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]",
+        "far/norm/0",
+    ),
+    Fault(
         "activation: the bias is read by rows",
         "elementwise.py",
         "        z += tl.load(bias_ptr + c, mask=c < n, other=0.0).to(tl.float32)\n    y = ",
@@ -132,10 +139,24 @@ FAULTS = [
     ),
     Fault(
         "activation: the gradient of the bias takes in the rows past the end",
-        "elementwise.py",
-        "        db += tl.where(inside, dx, 0.0)\n",
-        "        db += dx + 0.25\n",
+        "sums.py",
+        "        db += tl.where(inside, dz, 0.0)\n",
+        "        db += dz + 0.25\n",
         "activation/gelu_bias_rows/fp32",
+    ),
+    Fault(
+        "activation: the parts of the gradient of the bias overlap",
+        "sums.py",
+        "    end = tl.minimum(rows, (part + 1) * part_rows)\n",
+        "    end = rows\n",
+        "activation/{bias}/fp32",
+    ),
+    Fault(
+        "linear: offsets in 32 bits",
+        "matmul.py",
+        "m = (first + program % per_group % height).to(tl.int64) * BM",
+        "m = (first + program % per_group % height) * BM",
+        "far/linear/1",
     ),
     Fault(
         "linear: the tail of K is read",
@@ -187,6 +208,13 @@ FAULTS = [
         "attention/dropout/fp32",
     ),
     Fault(
+        "attention: offsets in 32 bits",
+        "attention_fwd.py",
+        "    first = (low + j).to(tl.int64)\n",
+        "    first = low + j\n",
+        "far/attention/0",
+    ),
+    Fault(
         "attention: backward forgets delta",
         "attention_bwd.py",
         "ds = p * (dp - delta[None, :])",
@@ -196,27 +224,15 @@ FAULTS = [
 ]
 
 
-def far_rows() -> None:
-    """The third row begins beyond 2^31 elements: memory that is never touched costs nothing."""
-    import torch
-
-    import fastnn
-
-    apart = 2**30 + 64
-    memory = torch.empty(2 * apart + 40, dtype=torch.float16)
-    x = memory.as_strided((3, 40), (apart, 1))
-    x.copy_(torch.randn(3, 40))
-    with fastnn.use_backend("triton"):
-        torch.testing.assert_close(fastnn.softmax(x, -1), torch.softmax(x.clone(), -1))
-
-
 def run(what: str) -> None:
     """A case, by name or by what its name holds in braces."""
+    import far
+
     from fastnn import testing
 
-    if what == "far_rows":
-        return far_rows()
     op, name, dtype = what.split("/")
+    if op == "far":
+        return far.compare(name, int(dtype))
     if name.startswith("{"):
         found = [c for c in testing.cases(op) if name[1:-1] in c.name and not c.wide]
         assert found, what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import far
 import pytest
 import torch
 
@@ -10,16 +11,36 @@ from fastnn import _dispatch, testing
 from fastnn.testing import interpreter
 
 DEVICE, FLOAT32 = torch.device("cpu"), torch.float32
+OPS = [op for op in testing.op_names() if not _dispatch.why_no_kernel(op, "triton")]
+NAMES = [f"{op}_{direction}" for op in OPS for direction in ("fwd", "bwd")]
 
 
 def randn(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
+WITHOUT_KERNELS = {"dropout_add", "masked_softmax", "rope"}
+
+
 def test_every_op_is_there():
     for op in testing.op_names():
+        if op in WITHOUT_KERNELS:
+            assert _dispatch.why_not(op, "triton", DEVICE, FLOAT32) == f"{op} has no triton kernel"
+            continue
         assert _dispatch.why_not(op, "triton", DEVICE, FLOAT32) == ""
         assert "float64" in _dispatch.why_not(op, "triton", DEVICE, torch.float64)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("name", far.CALLS)
+def test_offsets_have_64_bits(name, offset):
+    far.compare(name, offset)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_signatures_are_those_of_the_compiled_operators(name, extension):
+    ours, theirs = (torch._C._get_schema(f"{library}::{name}", "") for library in ("fastnn_triton", "fastnn"))
+    assert str(ours).removeprefix("fastnn_triton") == str(theirs).removeprefix("fastnn")
 
 
 def raw_calls():
@@ -34,6 +55,10 @@ def raw_calls():
     yield "linear_bwd", (randn(7, 24), x, w, randn(7, 24), 2, [7, 40], [True, True, True], True)
     yield "attention_fwd", (q, q, q, None, None, *options)
     yield "attention_bwd", (q, q, q, q, None, None, q, randn(1, 2, 20), *options)
+    yield "activation_fwd", (x, None, x[0].clone(), 2, False, True)
+    yield "activation_bwd", (x, x, None, x[0].clone(), 2, False, [True, False, True], True)
+    yield "activation_fwd", (x, None, None, 4, True, True)
+    yield "activation_bwd", (x[:, :20], x, None, None, 4, True, [True, False, False], True)
     yield "cross_entropy_fwd", (x, target, None, *loss)
     yield "cross_entropy_bwd", (torch.ones(()), x, target, None, randn(7, 2), torch.full((2,), 7.0), *loss)
 
@@ -53,12 +78,25 @@ def test_raw_operator_refuses_gradients():
         torch.ops.fastnn_triton.softmax_fwd(randn(2, 3), 1, False, None)
 
 
-@pytest.mark.parametrize("op", ["softmax", "linear", "attention", "layer_norm"])
+def test_every_operator_is_checked():
+    assert {name for name, _ in raw_calls()} == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "op", ["softmax", "linear", "attention", "layer_norm", "add_rms_norm", "cross_entropy", "gelu", "swiglu"]
+)
 def test_compile_keeps_one_graph(op):
     calls = {
         "softmax": (lambda x: fastnn.softmax(x * 2, -1), (randn(5, 40),)),
         "linear": (lambda x, w: fastnn.linear(x, w, activation="gelu"), (randn(5, 40), randn(8, 40))),
         "attention": (fastnn.scaled_dot_product_attention, (randn(1, 2, 20, 16),) * 3),
+        "cross_entropy": (lambda x: fastnn.cross_entropy(x, torch.arange(5) * 3), (randn(5, 40),)),
+        "gelu": (lambda x, b: fastnn.gelu(x, bias=b), (randn(5, 40), randn(40))),
+        "swiglu": (lambda x: fastnn.swiglu(x * 2), (randn(5, 40),)),
+        "add_rms_norm": (
+            lambda x, r, w: fastnn.add_rms_norm(x, r, w)[0],
+            (randn(5, 40), randn(5, 40), randn(40)),
+        ),
         "layer_norm": (lambda x, w: fastnn.layer_norm(x, (40,), w), (randn(5, 40), randn(40))),
     }
     function, tensors = calls[op]

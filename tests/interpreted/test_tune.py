@@ -94,6 +94,8 @@ class TestSearch:
         START,
         config.Attention(64, 64, 4, 2),
         config.Rows(4, 512, True, 4),
+        config.Tile(2, 1024, 4),
+        config.Columns(32, 128, 9, 4),
         config.NormBackward(1, 4096, True, 2, 8),
     ])  # fmt: skip
     def test_neighbours_are_legal(self, start):
@@ -185,6 +187,8 @@ class TestCache:
 @pytest.mark.parametrize(
     ("op", "name"),
     [
+        ("activation", "gelu_bias_rows"),
+        ("activation", "silu_packed_rows"),
         ("linear", "gelu_bias"),
         ("attention", "everything"),
         ("softmax", "rows"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cubins import Found
 from occupancy import occupancy
 
-MATRIX = re.compile(r"^(gemm_kernel|attention_(fwd|dkv|dq)\w*kernel)$|linear\.|attention\.")
+MATRIX = re.compile(r"^(gemm_kernel|attention_(fwd|dkv|dq)\w*kernel)$|matmul\.|attention\.")
 """Kernels whose products belong on the tensor cores; plain float32 products (`gemm_f32_kernel`) do not."""
 
 FLOAT32 = re.compile(r"f32|float32|fp32|\bfloat\b")

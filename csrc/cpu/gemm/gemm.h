@@ -39,6 +39,12 @@ constexpr int64_t kFetchRows = 2 * kTileRows, kFetchMaxRows = 128;
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// kLanes sums of codes as float32 sums.
+FASTNN_INLINE Vec dequantised(const Int8Scales& s, float row, int64_t n, const float* t) {
+  const IVec sum = (IVec)((UVec)load(t) - (UVec)load_ints(s.offset + n));
+  return __builtin_convertvector(sum, Vec) * (splat(row) * load(s.column + n));
+}
+
 // The epilogue of rows x columns of t, in one pass.
 template <Activation A, class T>
 void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, int64_t rows,
@@ -47,10 +53,13 @@ void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, 
   const float* const bias = p.epilogue.bias;
   T* const pre = static_cast<T*>(p.epilogue.pre);
   T* const c = static_cast<T*>(p.c);
+  const bool codes = p.is_int8;
+  const Int8Scales int8 = p.int8;
   for (int64_t i = 0; i < rows; ++i, t += ldt) {
     const int64_t start = (m0 + i) * p.N + n0;
+    const float scale = codes ? int8.row[m0 + i] : 1.f;
     auto finished = [&](int64_t n, auto write) __attribute__((always_inline)) {
-      Vec v = load(t + n);
+      Vec v = codes ? dequantised(int8, scale, n0 + n, t + n) : load(t + n);
       if (bias != nullptr) v += load(bias + n0 + n);
       if (pre != nullptr) write(pre + start + n, v);
       write(c + start + n, activate<A, kRough>(v));
@@ -74,12 +83,15 @@ inline void finish(const GemmParams& p, const float* t, int64_t ldt, int64_t m0,
   });
 }
 
-// The next output lines arrive while the tile computes.
-template <class T>
-FASTNN_INLINE void prefetch_output(const T* c, int64_t row_stride, int64_t rows, int64_t columns) {
+// The lines of c that rows [m, m + rows) x columns [n, n + columns) lie in arrive while the tile
+// computes.
+FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m, int64_t rows, int64_t n,
+                                   int64_t columns) {
+  const int64_t size = element_bytes(p.c_dtype), row_bytes = p.N * size;
+  const char* const c = static_cast<const char*>(p.c) + m * row_bytes + n * size;
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t n = 0; n < columns; n += 64 / (int64_t)sizeof(T))
-      __builtin_prefetch(c + i * row_stride + n, 1);
+    for (int64_t at = 0; at < columns * size; at += kLineBytes)
+      __builtin_prefetch(c + i * row_bytes + at, 1);
   }
 }
 
@@ -95,7 +107,7 @@ Blocking blocking_of(const GemmParams& p) {
   k.units = units_of(p.K, Dot::kPerUnit);
   k.block_units = !in_place         ? kGatherUnits
                   : p.M <= kFewRows ? kFewRowsUnits
-                                    : Dot::kPerUnit * kBlockUnits;
+                                    : (Dot::kPerUnit == 2 ? 2 : 1) * kBlockUnits;
   k.split_k = k.units > k.block_units;
   k.block_columns = in_place ? kBlockColumns : kGatherColumns;
   k.block_rows = k.split_k ? kBlockRows : max_of(p.M, 1);
@@ -163,10 +175,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           } else {
             a = pack_rows<Dot, T, kTileRows>(p.a, p.K, m0 + r0, r1 - r0, u0, u1, packed_rows);
           }
-          if (last) {
-            prefetch_output(static_cast<const T*>(p.c) + (m0 + r0) * p.N + n0, p.N, r1 - r0,
-                            columns);
-          }
+          if (last) prefetch_output(p, m0 + r0, r1 - r0, n0, columns);
           run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,
                          {b, strip_floats, kStrip}, t, ldt, u0 > 0, &ahead);
           if (last) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
@@ -305,6 +314,10 @@ void gemm_dots(const GemmParams& p, int64_t n_begin, int64_t n_end, float* scrat
 
 int64_t gemm_scratch_floats(const GemmParams& p) {
   int64_t floats = 0;
+  if (p.is_int8) {
+    const TileScratch s = tile_scratch<DotInt8, Int8>(p);
+    return s.sums + s.rows + s.panel;
+  }
   with_dot(p.a.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);
     using T = decltype(type);
@@ -323,6 +336,7 @@ int64_t gemm_scratch_floats(const GemmParams& p) {
 // Rows [m0, m1) and columns [n0, n1) of c. The ways for few rows take all rows at once: the caller
 // splits columns only.
 void gemm(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch) {
+  if (p.is_int8) return gemm_tiles<DotInt8, Int8>(p, m0, m1, n0, n1, scratch);
   with_dot(p.a.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);
     using T = decltype(type);

@@ -49,10 +49,16 @@ FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t co
         store(out + group, zero());
       } else if constexpr (Dot::kPerUnit == 1) {
         store(out + group, load_some(row + group, count));
-      } else {
+      } else if constexpr (Dot::kPerUnit == 2) {
         const bool pair = u * 2 + 1 < K;
         const Vec odd = pair ? load_some(row + row_stride + group, count) : zero();
         store(out + group, interleave_pairs(load_some(row + group, count), odd));
+      } else {
+        for (int n = 0; n < kLanes; ++n) {
+          out[group + n] =
+              n < count ? gather_unit<Dot>(row + group + n, row_stride, K - u * Dot::kPerUnit)
+                        : 0.f;
+        }
       }
     }
   }

@@ -12,6 +12,14 @@ struct Epilogue {
   Activation activation;
 };
 
+// Of a product of int8 codes: sum - offset[n] is that of the codes, times row[m] column[n] that of
+// the values. column and offset are readable up to N rounded up to a strip.
+struct Int8Scales {
+  const float* row;
+  const float* column;
+  const int32_t* offset;
+};
+
 // c (M x N, contiguous) = epilogue(a (M x K) b (K x N)).
 struct GemmParams {
   int64_t M, N, K;
@@ -20,6 +28,9 @@ struct GemmParams {
   void* c;
   DType c_dtype;
   Epilogue epilogue;
+  bool is_int8;  // a holds bytes: codes plus 128, K of them with padding, a multiple of 4;
+  Int8Scales
+      int8;  // ... b_packed holds strips of codes, and sums become float32 before the epilogue
 };
 
 constexpr int64_t kStrip = 16;  // columns in a strip of packed b, whatever the vector width

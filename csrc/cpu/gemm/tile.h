@@ -26,12 +26,6 @@ FASTNN_INLINE float load_unit(const char* p) {
   return unit;
 }
 
-// Units summed in one go before they are added to the running sum: rounding errors then grow with
-// 192, not with K. torch's library does the same: the worst error is equal to its to two digits, on
-// random numbers and on equal ones, which all round the same way; 256 units are up to 1.9 times it,
-// one sum over K = 2500 is 7 to 12 times. Costs 1 %.
-constexpr int64_t kSumUnits = 192;
-
 // Where B lies: unit u of strip s at data + s * strip_floats + u * unit_floats. Packed strips have
 // unit_floats = kStrip; a plain row-major matrix has strip_floats = kStrip and its row stride.
 struct Strips {
@@ -56,7 +50,7 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
   const int64_t strip_floats = strips.strip_floats, unit_floats = strips.unit_floats;
   constexpr int NV = NS * kVecsPerStrip;
   for (int64_t left = units;;) {
-    const int64_t depth = left < kSumUnits ? left : kSumUnits;
+    const int64_t depth = left < Dot::kSumUnits ? left : Dot::kSumUnits;
     Vec sums[MR][NV];
     FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
       FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = zero();
@@ -81,7 +75,9 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
     }
     if (accumulate) {
       FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-        FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] += load(t + i * ldt + v * kLanes);
+        FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
+          sums[i][v] = Dot::add(sums[i][v], load(t + i * ldt + v * kLanes));
+        }
       }
     }
     FASTNN_UNROLL for (int i = 0; i < MR; ++i) {

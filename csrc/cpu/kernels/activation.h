@@ -13,15 +13,6 @@ namespace {
 template <class T>
 constexpr bool kRoughFor = sizeof(T) == 2;
 
-template <class Part, class T, int V>
-FASTNN_INLINE void put_part(Part part, bool stream, T* p, const Vec (&v)[V]) {
-  if (stream) {
-    part.template put<true>(p, v);
-  } else {
-    part.template put<false>(p, v);
-  }
-}
-
 template <class T>
 FASTNN_INLINE const T* row_of(const void* data, int64_t row, int64_t stride) {
   return static_cast<const T*>(data) + row * stride;

@@ -129,7 +129,7 @@ inline void finish_row(const AttentionParams& p, int64_t b, DecodeRow row, int64
     for (int64_t j = 0; j < keys; j += kLanes)
       store(s + j, tanh(load(s + j) * (1.f / p.softcap)) * p.softcap);
   }
-  with_mask(p, [&](const auto* mask) {
+  with_mask(p.mask_kind, p.mask_dtype, p.mask, [&](const auto* mask) {
     const int64_t stride = p.mask_strides[3];
     mask += b * p.mask_strides[0] + row.head * p.mask_strides[1] + row.query * p.mask_strides[2] +
             j0 * stride;

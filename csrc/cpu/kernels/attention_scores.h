@@ -1,6 +1,7 @@
 // From products to scores: scale, cap, mask, window; and what dropout does to weights.
 #pragma once
 #include "cpu/kernels/attention_operands.h"
+#include "cpu/kernels/mask.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/philox.h"
 
@@ -24,35 +25,6 @@ inline void scale_scores(float factor, int64_t keys, int64_t width, float* s) {
   for (int64_t j = 0; j < keys; ++j) {
     for (int64_t r = 0; r < width; r += kLanes)
       store(s + j * kQueries + r, load(s + j * kQueries + r) * factor);
-  }
-}
-
-// An element of a boolean mask: what it adds to a score is 0 where it is set, else -inf.
-struct MaskByte {
-  uint8_t set;
-};
-FASTNN_INLINE float to_float(MaskByte m) { return m.set != 0 ? 0.f : -__builtin_inff(); }
-// Calls f(elements) where there is a mask.
-template <class F>
-FASTNN_INLINE void with_mask(const AttentionParams& p, F f) {
-  if (p.mask_kind == MaskKind::kBool) {
-    f(static_cast<const MaskByte*>(p.mask));
-  } else if (p.mask_kind == MaskKind::kAdditive) {
-    with_type(p.mask_dtype, [&](auto type) { f(static_cast<const decltype(type)*>(p.mask)); });
-  }
-}
-template <class M>
-FASTNN_INLINE Vec load_mask(const M* m, int count) {
-  if constexpr (__is_same(M, MaskByte)) {
-    Bytes bytes = {};
-    if (count == kLanes) {
-      std::memcpy(&bytes, m, sizeof bytes);
-    } else {
-      std::memcpy(&bytes, m, (size_t)count);
-    }
-    return select((IVec)(widen(bytes) == UVec{}), splat(-__builtin_inff()), zero());
-  } else {
-    return load_some(m, count);
   }
 }
 
@@ -104,7 +76,8 @@ inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t 
       }
     }
   }
-  with_mask(p, [&](const auto* mask) { add_mask(p, t, j0, keys, mask, s); });
+  with_mask(p.mask_kind, p.mask_dtype, p.mask,
+            [&](const auto* mask) { add_mask(p, t, j0, keys, mask, s); });
   const bool left = p.window_left >= 0 && t.first + t.rows - 1 - p.window_left > j0;
   const bool right = p.window_right >= 0 && t.first + p.window_right < j0 + keys - 1;
   if (!left && !right) return;
@@ -125,7 +98,7 @@ inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t 
 inline void drop_query(const AttentionParams& p, int64_t b, int64_t head, int64_t query, int64_t j0,
                        int64_t keys, float* x, int64_t stride) {
   const float keep_scale = 1.f / (1.f - p.dropout);
-  const uint64_t threshold = (uint64_t)((double)p.dropout * 4294967296.0);
+  const uint64_t threshold = drop_threshold(p.dropout);
   const uint64_t groups = (uint64_t)(p.S_k + 3) / 4;
   const uint64_t row = (uint64_t)((b * p.H + head) * p.S_q + query) * groups;
   for (int64_t j = 0; j < keys;) {

@@ -191,7 +191,8 @@ FASTNN_INLINE Vec softmax_slope(Vec dy, Vec y, Vec sum, bool log) {
 constexpr int64_t kFetchedBytes = 256 << 10;
 
 template <bool kStream, bool kLog, class TY, class TX>
-FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n) {
+FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n, float scale) {
+  const Vec factor = splat(scale);
   const bool fetch = !kStream && n * (int64_t)sizeof(TX) <= kFetchedBytes;
   const Vec sum = splat(row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
     if (fetch) __builtin_prefetch(dx + i, 1, 2);
@@ -199,7 +200,7 @@ FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n)
     return kLog ? g : g * load_some(y + i, count);
   }));
   row_map<kStream>(dx, n, [=](int64_t i, int count) __attribute__((always_inline)) {
-    return softmax_slope(load_some(dy + i, count), load_some(y + i, count), sum, kLog);
+    return softmax_slope(load_some(dy + i, count), load_some(y + i, count), sum, kLog) * factor;
   });
 }
 
@@ -231,7 +232,7 @@ void softmax_bwd_typed(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
     auto rows = [&](auto stream, auto log) __attribute__((always_inline)) {
       for (int64_t r = begin; r < end; ++r) {
         softmax_bwd_row<decltype(stream)::value, decltype(log)::value>(
-            dy + r * p.dy_row_stride, y + r * p.cols, dx + r * p.cols, p.cols);
+            dy + r * p.dy_row_stride, y + r * p.cols, dx + r * p.cols, p.cols, p.scale);
       }
     };
     with_stream(p.stream, [&](auto stream) __attribute__((always_inline)) {

@@ -25,6 +25,27 @@ FASTNN_INLINE bool any_differs(Vec a, Vec b) {
 #endif
 }
 
+// Neighbouring lanes as one number, the even one its lower half; that half times m, all 64 bits.
+typedef uint64_t LanePairs __attribute__((vector_size(kLanes * 4)));
+FASTNN_INLINE LanePairs multiply_low(LanePairs a, uint32_t m) {
+#if defined(__AVX512F__)
+  return (LanePairs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(m));
+#elif defined(__AVX2__)
+  return (LanePairs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(m));
+#else
+  return (a & 0xffffffffu) * (uint64_t)m;
+#endif
+}
+
+// Neighbouring lanes (0, 1), (2, 3), ... exchanged; the even ones negated.
+FASTNN_INLINE Vec swap_neighbours(Vec v) {
+  const LanePairs pairs = (LanePairs)v;
+  return (Vec)((pairs << 32) | (pairs >> 32));
+}
+FASTNN_INLINE Vec negate_even(Vec v) {
+  return (Vec)((LanePairs)v ^ (uint64_t)0x80000000u);  // the low half is the even lane
+}
+
 template <int... I>
 FASTNN_INLINE IVec lane_numbers(std::integer_sequence<int, I...>) {
   return IVec{I...};

@@ -63,6 +63,16 @@ struct Some {
   }
 };
 
+// A part written past the caches, or not.
+template <class Part, class T, int V>
+FASTNN_INLINE void put_part(Part part, bool stream, T* p, const Vec (&v)[V]) {
+  if (stream) {
+    part.template put<true>(p, v);
+  } else {
+    part.template put<false>(p, v);
+  }
+}
+
 // f(i, part) for every part of the columns [begin, end).
 template <bool kOrdered, class F>
 FASTNN_INLINE void each_part(int64_t begin, int64_t end, F f) {

@@ -1,4 +1,4 @@
-"""Rows of softmax: the public ones, and a sweep of lengths and counts between and beyond them."""
+"""Rows of softmax: the public ones, and a sweep of lengths and counts between and beyond them, masked ones too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
+from ...ops.masked_softmax import masked_softmax
 from ...ops.softmax import softmax, softmax_reference
 from ..bench_cases import (
     EXP_OPERATIONS,
@@ -143,7 +144,58 @@ def _case(direction: Direction, dtype: str, shape: tuple[int, int], bar: Bar, sw
     )
 
 
-CASES: tuple[BenchCase, ...] = public_and_sweep(_case, _PUBLIC, _SWEEP)
+_SCALE = 0.125
+
+
+def _make_masked(
+    shape: tuple[int, int], direction: Direction, dtype: torch.dtype, generator: torch.Generator
+) -> Inputs:
+    mask = torch.rand(shape, generator=generator) < 0.8
+    mask[:, 0] = True  # in every row something takes part: torch's has no zeros for the others
+    found = {**_make_forward(shape, dtype, generator), "mask": mask}
+    return {**found, "grad": torch.randn(shape, generator=generator).to(dtype)} if direction == "fb" else found
+
+
+def _torch_masked(inputs: Inputs) -> Tensor:
+    return torch.softmax((inputs["input"] * _SCALE).masked_fill(~inputs["mask"], -1e4), -1)
+
+
+def _our_masked(inputs: Inputs) -> Tensor:
+    return masked_softmax(inputs["input"], inputs["mask"], _SCALE)
+
+
+def _prepare_masked(direction: Direction, inputs: Inputs) -> Callable[[], Results]:
+    if direction == "fb":
+        return lambda: forward_backward(_our_masked, ["input"], inputs)
+    return lambda: (_our_masked(inputs),)
+
+
+def _masked_case(direction: Direction, dtype: str, shape: tuple[int, int]) -> BenchCase:
+    elements = shape[0] * shape[1]
+    size = elements * DTYPES[dtype].itemsize
+    read, written = _TENSORS[direction]
+    return BenchCase(
+        family="softmax",
+        name=f"masked_softmax_{direction}",
+        direction=direction,
+        shape=shape,
+        dtype=dtype,
+        work=Work(read * size + elements, written * size, elements * EXP_OPERATIONS),
+        make=partial(_make_masked, shape, direction),
+        torch_call=_torch_masked,
+        ours=(
+            Ours("", partial(_prepare_masked, direction), f"masked_softmax_{'bwd' if direction == 'fb' else 'fwd'}"),
+        ),
+        wanted=("input",) if direction == "fb" else (),
+        sweep=True,
+    )
+
+
+CASES: tuple[BenchCase, ...] = (
+    *public_and_sweep(_case, _PUBLIC, _SWEEP),
+    *(_masked_case("fwd", dtype, shape) for shape in _SWEEP if shape[1] >= 8 for dtype in ("fp32", "bf16")),
+    *(_masked_case("fb", dtype, shape) for shape in _SWEEP if shape[1] >= 8 for dtype in ("fp32", "bf16")),
+)
 
 _GPU: dict[tuple[Direction, str], tuple[tuple[int, int], ...]] = {
     ("fwd", "bf16"): ((49152, 512), (8192, 4096), (4096, 32000), (2048, 128256)),

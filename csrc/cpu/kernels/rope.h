@@ -1,0 +1,155 @@
+// Rotary position embedding. A block of positions is rotated for all heads of query and key: what
+// the tables hold for it is read once and stays in cache. Memory is what it takes; each row is read
+// once and written once.
+#pragma once
+#include "cpu/simd/pair.h"
+#include "params/rope.h"
+
+namespace fastnn {
+namespace {
+
+// What one position's rows are rotated by.
+struct RopeAngles {
+  const float* cos;
+  const float* sin;
+};
+
+// A row of a table as float32, with an entry for each feature where `expand`ed.
+FASTNN_INLINE void copy_angles(const void* row, DType dtype, int64_t width, bool expand,
+                               float* out) {
+  with_type(dtype, [&](auto type) __attribute__((always_inline)) {
+    const auto* const values = static_cast<const decltype(type)*>(row);
+    each_part<true>(0, width, [=](int64_t i, auto part) __attribute__((always_inline)) {
+      Vec v[part.kVectors];
+      part.get(values + i, v);
+      put_part(part, false, out + i, v);
+    });
+  });
+  if (!expand) return;
+  for (int64_t i = width - 1; i >= 0; --i) out[2 * i] = out[2 * i + 1] = out[i];
+}
+
+FASTNN_INLINE const char* table_row(const RopeTable& table, DType dtype, int64_t b, int64_t row) {
+  return static_cast<const char*>(table.data) +
+         (b * table.batch_stride + row * table.row_stride) * element_bytes(dtype);
+}
+
+// Of position s of batch entry b: in place, or copied to `copy`.
+FASTNN_INLINE RopeAngles angles_of(const RopeParams& p, int64_t b, int64_t s, float* copy) {
+  const int64_t row = p.positions ? p.positions[b * p.positions_batch_stride + s] : s;
+  const char* const cos = table_row(p.cos, p.table_dtype, b, row);
+  const char* const sin = table_row(p.sin, p.table_dtype, b, row);
+  if (!rope_copies_tables(p)) {
+    return {reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)};
+  }
+  const bool expand = p.interleaved && p.table_width != p.rotary;
+  copy_angles(cos, p.table_dtype, p.table_width, expand, copy);
+  copy_angles(sin, p.table_dtype, p.table_width, expand, copy + p.rotary);
+  return {copy, copy + p.rotary};
+}
+
+template <class T>
+FASTNN_INLINE void rotate_halves(const RopeParams& p, RopeAngles angles, const T* x, T* y,
+                                 bool stream) {
+  const int64_t half = p.rotary / 2, second = p.table_width == p.rotary ? half : 0;
+  const float* const cos_a = angles.cos;
+  const float* const cos_b = angles.cos + second;
+  const float* const sin_a = angles.sin + (p.inverse ? second : 0);
+  const float* const sin_b = angles.sin + (p.inverse ? 0 : second);
+  const Vec sign = splat(p.inverse ? -1.f : 1.f);
+  each_part<true>(0, half, [=](int64_t i, auto part) __attribute__((always_inline)) {
+    Vec a[part.kVectors], b[part.kVectors], c[part.kVectors], s[part.kVectors];
+    Vec first[part.kVectors], last[part.kVectors];
+    part.get(x + i, a);
+    part.get(x + half + i, b);
+    part.get(cos_a + i, c);
+    part.get(sin_a + i, s);
+    FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+      first[v] = fma(a[v], c[v], -(sign * s[v]) * b[v]);
+    }
+    part.get(cos_b + i, c);
+    part.get(sin_b + i, s);
+    FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+      last[v] = fma(b[v], c[v], sign * s[v] * a[v]);
+    }
+    put_part(part, stream, y + i, first);
+    put_part(part, stream, y + half + i, last);
+  });
+}
+
+template <class T>
+FASTNN_INLINE void rotate_neighbours(const RopeParams& p, RopeAngles angles, const T* x, T* y,
+                                     bool stream) {
+  each_part<true>(
+      0, p.rotary, [=, inverse = p.inverse](int64_t i, auto part) __attribute__((always_inline)) {
+        Vec a[part.kVectors], c[part.kVectors], s[part.kVectors];
+        part.get(x + i, a);
+        part.get(angles.cos + i, c);
+        part.get(angles.sin + i, s);
+        FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+          const Vec turn = negate_even(s[v]);
+          a[v] = fma(a[v], c[v],
+                     inverse ? swap_neighbours(turn * a[v]) : turn * swap_neighbours(a[v]));
+        }
+        put_part(part, stream, y + i, a);
+      });
+}
+
+// The features that are not rotated, bit for bit.
+template <class T>
+FASTNN_INLINE void keep_rest(const T* x, T* y, int64_t n, bool stream) {
+  if (!stream) {
+    std::memcpy(y, x, (size_t)n * sizeof(T));
+    return;
+  }
+  const auto* const from = reinterpret_cast<const float*>(x);
+  auto* const to = reinterpret_cast<float*>(y);
+  for (int64_t i = 0; i < n * (int64_t)sizeof(T) / 4; i += kLanes) {
+    stream_store(to + i, load(from + i));
+  }
+}
+
+template <class T>
+void rope_rows(const RopeParams& p, const RopeOperand& o, int64_t b, int64_t begin, int64_t end,
+               const RopeAngles* angles) {
+  const T* const from = static_cast<const T*>(o.x) + b * o.x_batch_stride;
+  T* const to = static_cast<T*>(o.y) + b * o.y_batch_stride;
+  const auto row = [&](int64_t head, int64_t s) __attribute__((always_inline)) {
+    const T* const x = from + head * o.x_head_stride + s * o.x_row_stride;
+    T* const y = to + head * o.y_head_stride + s * o.y_row_stride;
+    if (p.interleaved) {
+      rotate_neighbours(p, angles[s - begin], x, y, o.stream);
+    } else {
+      rotate_halves(p, angles[s - begin], x, y, o.stream);
+    }
+    if (p.rotary < p.D) keep_rest(x + p.rotary, y + p.rotary, p.D - p.rotary, o.stream);
+  };
+  // As the rows lie in memory: head by head, or position by position.
+  const bool by_heads = o.x_head_stride >= o.x_row_stride;
+  const int64_t positions = end - begin, outer = by_heads ? o.heads : positions,
+                inner = by_heads ? positions : o.heads;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; ++j) row(by_heads ? i : j, begin + (by_heads ? j : i));
+  }
+}
+
+void rope(const RopeParams& p, int64_t begin, int64_t end, float* scratch) {
+  const int64_t blocks = (p.S + kRopePositions - 1) / kRopePositions;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t b = item / blocks, first = item % blocks * kRopePositions;
+    const int64_t last = first + kRopePositions < p.S ? first + kRopePositions : p.S;
+    RopeAngles angles[kRopePositions];
+    for (int64_t s = first; s < last; ++s) {
+      angles[s - first] = angles_of(p, b, s, scratch + (s - first) * 2 * p.rotary);
+    }
+    with_type(p.dtype, [&](auto type) {
+      for (int32_t i = 0; i < p.count; ++i) {
+        rope_rows<decltype(type)>(p, p.operands[i], b, first, last, angles);
+      }
+    });
+  }
+  if (p.operands[0].stream || p.operands[p.count - 1].stream) stream_fence();
+}
+
+}  // namespace
+}  // namespace fastnn

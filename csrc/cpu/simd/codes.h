@@ -1,0 +1,86 @@
+// Codes of 8 bits: their dot products, and how values become codes.
+#pragma once
+#include "cpu/simd/vec.h"
+
+namespace fastnn {
+namespace {
+
+FASTNN_INLINE IVec load_ints(const int32_t* p) {
+  IVec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FASTNN_INLINE IVec max_ints(IVec a, IVec b) { return a > b ? a : b; }
+
+// c + the dot products of neighbouring quads: a's bytes unsigned, b's signed, sums int32. Exact on
+// every instruction set: where there is no such instruction, bytes are widened to 16 bits, because
+// the product of bytes that saturates at 16 (vpmaddubsw) loses up to half of a sum.
+FASTNN_INLINE Vec dot_code_quads(Vec c, Vec a, Vec b) {
+#if defined(__AVX512VNNI__)
+  return (Vec)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512F__)
+  const __m512i x = (__m512i)a, w = (__m512i)b;
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0xff)),
+                                         _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(x, 8), _mm512_srai_epi16(w, 8));
+  return (Vec)_mm512_add_epi32(_mm512_add_epi32((__m512i)c, even), odd);
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)a, w = (__m256i)b;
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0xff)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
+  return (Vec)_mm256_add_epi32(_mm256_add_epi32((__m256i)c, even), odd);
+#elif defined(__SSE2__)
+  const __m128i x = (__m128i)a, w = (__m128i)b;
+  const __m128i even = _mm_madd_epi16(_mm_and_si128(x, _mm_set1_epi16(0xff)),
+                                      _mm_srai_epi16(_mm_slli_epi16(w, 8), 8));
+  const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(x, 8), _mm_srai_epi16(w, 8));
+  return (Vec)_mm_add_epi32(_mm_add_epi32((__m128i)c, even), odd);
+#else
+  const UVec x = (UVec)a, w = (UVec)b;
+  UVec sum = (UVec)c;
+  FASTNN_UNROLL for (int byte = 0; byte < 4; ++byte) {
+    const IVec value = (IVec)(w << (24 - 8 * byte)) >> 24;
+    sum += ((x >> (8 * byte)) & 0xffu) * (UVec)value;
+  }
+  return (Vec)sum;
+#endif
+}
+
+// The nearest integer, ties to even, for |x| < 2^22.
+FASTNN_INLINE IVec nearest_int(Vec x) {
+#if defined(__AVX512F__)
+  return (IVec)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  return (IVec)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__SSE2__)
+  return (IVec)_mm_cvtps_epi32((__m128)x);
+#else
+  return __builtin_convertvector(round_even(x), IVec);
+#endif
+}
+
+// The first `count` codes of v, each in [-128, 127], as bytes with the bits of `flip` flipped: 0x80
+// adds 128.
+FASTNN_INLINE void store_codes(uint8_t* p, IVec v, int count, uint8_t flip) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8((__m512i)v), _mm_set1_epi8((char)flip));
+  _mm_mask_storeu_epi8(p, (__mmask16)((1u << count) - 1), bytes);
+#elif defined(__AVX2__)
+  const __m256i wide = (__m256i)v;
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  const __m128i bytes = _mm_xor_si128(_mm_packs_epi16(words, words), _mm_set1_epi8((char)flip));
+  if (count == kLanes) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+  } else {
+    std::memcpy(p, &bytes, (size_t)count);
+  }
+#else
+  for (int i = 0; i < count; ++i) p[i] = (uint8_t)((uint8_t)v[i] ^ flip);
+#endif
+}
+
+}  // namespace
+}  // namespace fastnn

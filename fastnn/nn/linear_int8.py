@@ -1,0 +1,120 @@
+"""Dense layer on int8 codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.linear import ACTIVATIONS, Activation
+from ..ops.linear_int8 import MAX_FEATURES, dequantize_weight, linear_int8_maybe_packed, quantize_rows
+from ..ops.packing import PackedCodes
+
+
+class Int8Linear(torch.nn.Module):
+    """A dense layer whose weight is int8 codes with a scale for each output, and whose inputs are rounded on the way.
+
+    `weight` (int8, (out_features, in_features)) and `weight_scale` (float32, (out_features,)) are buffers; `bias` is a
+    parameter or None. The scale stays float32 under `.half()`, `.to(dtype)` and the like. The copy in the order that
+    the kernel reads belongs to the layer: it is in no state_dict, pickle or deepcopy, and follows the buffers.
+    A new layer's weight is zero; `from_float` and `load_state_dict` fill it.
+
+    Args:
+        in_features: size of the input's last dimension, at most 131072.
+        out_features: size of the output's last dimension.
+        bias: whether there is one.
+        device: where the buffers and the bias live.
+        dtype: the bias's type; the default type unless given.
+        activation: as `fastnn.linear_int8`.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: Activation | None = None,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            known = ", ".join(repr(name) for name in ACTIVATIONS)
+            raise ValueError(f"fastnn.nn.Int8Linear: activation must be one of {known}; got {activation!r}")
+        if in_features > MAX_FEATURES:
+            raise ValueError(f"fastnn.nn.Int8Linear: in_features must be at most {MAX_FEATURES}, got {in_features}")
+        super().__init__()
+        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
+        zeros = torch.nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", zeros)
+        self.packed = PackedCodes()
+
+    @classmethod
+    def from_float(
+        cls, weight: Tensor, bias: torch.nn.Parameter | None = None, *, activation: Activation | None = None
+    ) -> Int8Linear:
+        """The layer of a floating weight (out_features, in_features), rounded by `fastnn.ops.quantize_rows`.
+
+        Args:
+            weight: finite, any strides.
+            bias: becomes the layer's own, the same object.
+            activation: as in the constructor.
+
+        Raises:
+            ValueError: a weight that is not finite.
+        """
+        codes, scale = quantize_rows(weight.detach())
+        if bool(scale.isnan().any()):
+            raise ValueError("fastnn.nn.Int8Linear: weight has NaN or infinite values")
+        layer = cls(weight.shape[1], weight.shape[0], False, "meta", activation=activation)
+        layer.weight, layer.weight_scale, layer.bias = codes, scale, bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`activation(input @ weight.T + bias)`; input (*, in_features), result (*, out_features)."""
+        packed = self.packed.get_codes(self.weight, self.weight_scale)
+        return linear_int8_maybe_packed(input, self.weight, self.weight_scale, self.bias, self.activation, packed)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for, (out_features, in_features)."""
+        return dequantize_weight(self.weight, self.weight_scale, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        self.packed.drop()
+        return self
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}" + (
+            activation
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        extra: Any,
+        errors: Any,
+    ) -> None:
+        """As torch's, which would cut a floating weight down to whole numbers without a word."""
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, Tensor) and weight.dtype != torch.int8:
+            errors.append(f"{prefix}weight must be int8 codes, got {weight.dtype}: quantise after loading")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)

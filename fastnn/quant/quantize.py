@@ -1,0 +1,288 @@
+"""Quantising a model in place, layer by layer, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .. import nn
+from ..accelerate.isolate import check_model
+from . import int8 as int8  # registers its recipe
+from .config import Recipe, recipe_of
+from .measure import Times, compare, first_inputs
+from .report import Entry, Report
+
+FilterFn = Callable[[Module, str], bool]
+Patterns = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a quantised layer was: enough to make it that again."""
+
+    kind: type[Module]
+    dtype: torch.dtype
+    requires_grad: bool
+    attributes: dict[str, Any]
+    """Those that were overwritten; others that quantising added go again."""
+    added: tuple[str, ...]
+
+
+@dataclass
+class _Layer:
+    """One layer of the model, and what is to become of it."""
+
+    name: str
+    module: Module
+    reason: str = ""
+    """Why it is left alone."""
+    remark: str = ""
+    made: Module | None = None
+    input: Tensor | None = None
+    times: Times | None = None
+    tied: list[_Layer] = field(default_factory=list)
+    """The layers that share its weight, itself included, in the model's order."""
+
+
+def quantize_(
+    model: Module,
+    config: object,
+    filter_fn: FilterFn | None = None,
+    *,
+    include: Patterns = (),
+    exclude: Patterns = (),
+    example_inputs: Any = None,
+    max_slowdown: float = 1.0,
+) -> Report:
+    """Quantises the model's layers in place and says of each what became of it, or why nothing did.
+
+    Modules stay the same objects, with their hooks and their bias; their class changes, and their weight becomes a
+    buffer of codes and one of scales. Layers that shared a weight share the codes. deepcopy, pickle and state_dict
+    work; gradients flow through to the rest of the model. Quantise before an optimizer takes the parameters.
+
+    Args:
+        model: any module; it may be a layer itself.
+        config: what to; `fastnn.Int8Dynamic()` takes torch's and fastnn's Linear and Hugging Face's Conv1D.
+        filter_fn: called with each layer and its path; False leaves it alone.
+        include: patterns of paths (`*`, `?`, as in fnmatch), at least one of which must match, where any are given. A
+            layer whose weight some other layer keeps needs them too (see below).
+        exclude: patterns of which none may match.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments. The model is run on them
+            once, leaving it as it was, and each layer is measured before and after on inputs of the shapes it got.
+        max_slowdown: a layer that would take more than so many times as long is left alone.
+
+    Returns:
+        The report. A layer is left alone, with the reason, where it cannot be quantised, is not chosen, or would be
+        slower; also one that shares its weight with a layer that stays as it is (a tied embedding), unless `include`
+        names it: its weight would not become smaller but another copy.
+
+    Raises:
+        TypeError: `model` is no module, `config` no configuration.
+        ValueError: a pattern that matches no layer, `max_slowdown` not above zero.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU())
+        >>> len(fastnn.quantize_(model, fastnn.Int8Dynamic()).quantized)
+        1
+    """
+    check_model("quantize_", model)
+    if not max_slowdown > 0:
+        raise ValueError(f"fastnn.quantize_: max_slowdown must be above 0, got {max_slowdown}")
+    recipe = recipe_of(config)
+    layers = list(_layers(model))
+    chosen = _choose(layers, recipe, filter_fn, _patterns("include", include, layers), exclude)
+    if example_inputs is not None:
+        inputs = first_inputs(model, [layer.module for layer in chosen], example_inputs)
+        for layer in chosen:
+            layer.input = inputs.get(layer.module)
+    for layer in chosen:
+        _prepare(layer, recipe)
+    _measure([layer for layer in chosen if layer.input is not None], max_slowdown)
+    entries = tuple(_entries(layers))
+    for layer in chosen:
+        if layer.made is not None and not layer.reason:
+            become(layer.module, layer.made)
+    return Report(entries, repr(config))
+
+
+def _layers(model: Module) -> Iterator[_Layer]:
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() >= 2:
+            yield _Layer(name, module)
+
+
+def _patterns(argument: str, patterns: Patterns, layers: list[_Layer]) -> tuple[str, ...]:
+    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for one in found:
+        if not any(fnmatchcase(layer.name, one) for layer in layers):
+            raise ValueError(f"fastnn.quantize_: {argument} pattern {one!r} matches no layer with a weight")
+    return found
+
+
+def _choose(
+    layers: list[_Layer], recipe: Recipe, filter_fn: FilterFn | None, include: tuple[str, ...], exclude: Patterns
+) -> list[_Layer]:
+    """Notes of each layer why it is left alone; the others."""
+    exclude = _patterns("exclude", exclude, layers)
+    for layer in layers:
+        layer.reason = recipe.why_not(layer.module)
+        if layer.reason:
+            continue
+        if include and not any(fnmatchcase(layer.name, one) for one in include):
+            layer.reason = "not among those included"
+        elif any(fnmatchcase(layer.name, one) for one in exclude):
+            layer.reason = "excluded"
+        elif filter_fn is not None and not filter_fn(layer.module, layer.name):
+            layer.reason = "filter_fn said no"
+    _tie(layers, bool(include))
+    return [layer for layer in layers if not layer.reason]
+
+
+def _tie(layers: list[_Layer], named: bool) -> None:
+    """Finds the layers that share a weight; those whose weight another keeps are left alone, unless they are named."""
+    by_weight: dict[int, list[_Layer]] = {}
+    for layer in layers:
+        by_weight.setdefault(id(layer.module.weight), []).append(layer)
+    for group in by_weight.values():
+        keeping = [layer for layer in group if layer.reason]
+        for layer in group:
+            layer.tied = [other for other in group if not other.reason]
+        for layer in [] if not keeping else [one for one in group if not one.reason]:
+            other = keeping[0].name or "the model"
+            if named:
+                layer.remark = f"no longer tied to {other}, which keeps the weight"
+            else:
+                layer.reason = f"shares its weight with {other}, which keeps it; name it in `include` to untie it"
+
+
+def _prepare(layer: _Layer, recipe: Recipe) -> None:
+    """Makes the quantised layer; the codes of tied ones are the same tensors."""
+    layer.made = recipe.quantized(layer.module)
+    first = layer.tied[0].made
+    if first is not None and first is not layer.made and type(layer.module) is type(layer.tied[0].module):
+        for name, buffer in first.named_buffers(recurse=False):
+            setattr(layer.made, name, buffer)
+
+
+def _signature(layer: _Layer, input: Tensor) -> tuple[Any, ...]:
+    module = layer.module
+    bias, activation = getattr(module, "bias", None), getattr(module, "activation", None)
+    weight: Any = module.weight
+    return type(module), weight.shape, weight.dtype, bias is None, activation, input.shape, input.dtype, input.stride()
+
+
+def _measure(layers: list[_Layer], max_slowdown: float) -> None:
+    """Times each kind of layer once; those that would be slower are left alone, tied ones all or none."""
+    known: dict[tuple[Any, ...], Times] = {}
+    for layer in layers:
+        if layer.made is None or layer.input is None:
+            continue
+        key = _signature(layer, layer.input)
+        if key not in known:
+            known[key] = compare(layer.module, layer.made, layer.input)
+        layer.times = known[key]
+    for layer in layers:
+        timed = [one.times for one in layer.tied if one.times is not None]
+        slowdown = sum(t.after for t in timed) / sum(t.before for t in timed)
+        if slowdown > max_slowdown:
+            for one in layer.tied:
+                one.reason = f"would take {slowdown:.2f} times as long, more than max_slowdown = {max_slowdown:g}"
+
+
+def _entries(layers: list[_Layer]) -> list[Entry]:
+    """The report, before anything is changed."""
+    counted: set[int] = set()
+    found = []
+    for layer in layers:
+        weight = layer.module.weight
+        done = layer.made is not None and not layer.reason
+        before = after = 0 if id(weight) in counted else _nbytes(layer.module)
+        if done and layer.made is not None:
+            after = _nbytes(layer.made) if layer is layer.tied[0] else 0
+        counted.add(id(weight))
+        remark = layer.reason or layer.remark
+        if done and layer.input is None and any(one.input is not None for one in layers):
+            remark = "; ".join(filter(None, [remark, "not run by the example"]))
+        times = layer.times
+        found.append(
+            Entry(
+                layer.name,
+                type(layer.module).__name__,
+                type(layer.made).__name__ if done else None,
+                remark,
+                before,
+                after,
+                None if layer.input is None else tuple(layer.input.shape),
+                None if times is None else times.before,
+                None if times is None else times.after,
+            )
+        )
+    return found
+
+
+def _nbytes(module: Module) -> int:
+    held = (getattr(module, "weight", None), getattr(module, "weight_scale", None))
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+
+
+def become(module: Module, made: Module) -> None:
+    """Gives `module` the class, buffers and attributes of `made`; its hooks, bias and name stay."""
+    weight, state = module._parameters.pop("weight"), vars(module)
+    if weight is None:
+        raise ValueError("fastnn.quantize_: a layer lost its weight meanwhile")
+    every = vars(Module()).keys()
+    new = {name: value for name, value in vars(made).items() if name not in every}
+    old = {name: state[name] for name in new if name in state}
+    packed = old.get("packed")
+    if packed is not None:
+        packed.drop()
+    origin = Origin(type(module), weight.dtype, weight.requires_grad, old, tuple(new.keys() - old.keys()))
+    module._buffers.update(made._buffers)
+    state.update(new, _quantized_from=origin)
+    module.__class__ = type(made)
+
+
+def dequantize_(model: Module) -> tuple[str, ...]:
+    """Gives the layers that `quantize_` changed a floating weight again, the one that their codes stand for, in place.
+
+    Classes, types and the wish for a gradient are those from before; layers that shared codes share the weight. An
+    `Int8Linear` that was made as such becomes a `fastnn.nn.Linear` with a float32 weight, or one of its bias's type.
+
+    Returns:
+        The paths of the layers.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    check_model("dequantize_", model)
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Int8Linear)]
+    shared: dict[tuple[int, bool], torch.nn.Parameter] = {}
+    for _, layer in found:
+        dtype = torch.float32 if layer.bias is None else layer.bias.dtype
+        origin: Origin = vars(layer).pop("_quantized_from", Origin(nn.Linear, dtype, True, {}, ("packed",)))
+        transposed = not issubclass(origin.kind, torch.nn.Linear)
+        key = id(layer.weight), transposed
+        if key not in shared:
+            weight = layer.dequantized(origin.dtype)
+            shared[key] = torch.nn.Parameter(weight.t().contiguous() if transposed else weight, origin.requires_grad)
+        _revert(layer, origin, shared[key])
+    return tuple(name for name, _ in found)
+
+
+def _revert(layer: Module, origin: Origin, weight: torch.nn.Parameter) -> None:
+    state = vars(layer)
+    for name in ("weight", "weight_scale"):
+        del layer._buffers[name]
+    for name in origin.added:
+        state.pop(name, None)
+    state.update(origin.attributes)
+    layer.__class__ = origin.kind
+    bias = layer._parameters.pop("bias", None)
+    layer._parameters.update(weight=weight, bias=bias)

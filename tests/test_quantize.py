@@ -1,0 +1,302 @@
+"""quantize_: which layers, what is said of each, and that the model lives on; dequantize_."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastnn
+from fastnn.nn import Int8Linear
+from fastnn.ops.linear_int8 import linear_int8_reference, quantize_rows_reference
+from fastnn.quant import measure, quantize
+from fastnn.quant.measure import Times
+from fastnn.testing import same_bits
+
+INT8 = fastnn.Int8Dynamic()
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Net(nn.Module):
+    """An embedding, dense layers of many kinds, a head that shares the embedding's weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(40, 16)
+        self.body = nn.Sequential(nn.Linear(16, 32), nn.GELU(), fastnn.nn.Linear(32, 16, activation="relu"))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.unused = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.body(self.embed(ids))
+        return self.head(x + self.attention(x, x, x)[0])
+
+
+IDS = torch.arange(30).view(3, 10)
+
+
+@pytest.fixture
+def net(extension):
+    return Net().eval()
+
+
+def entry(report, name):
+    return next(e for e in report.entries if e.name == name)
+
+
+def test_every_layer_is_named(net):
+    report = fastnn.quantize_(net, INT8)
+    assert [e.name for e in report.entries] == [
+        "embed", "body.0", "body.2", "attention.out_proj", "unused", "head",
+    ]  # fmt: skip
+    assert [e.name for e in report.quantized] == ["body.0", "body.2", "unused"]
+    assert {type(net.body[0]), type(net.body[2]), type(net.unused)} == {Int8Linear}
+    assert "takes no Embedding" in entry(report, "embed").reason
+    assert "subclass of Linear" in entry(report, "attention.out_proj").reason
+    assert "shares its weight with embed" in entry(report, "head").reason
+    first = entry(report, "body.0")
+    assert (first.was, first.became, first.bytes_before, first.bytes_after) == (
+        "Linear", "Int8Linear", 32 * 16 * 4, 32 * 16 + 32 * 4,
+    )  # fmt: skip
+    assert entry(report, "head").bytes_before == entry(report, "head").bytes_after == 0, "counted with the embedding"
+    left = (40 * 16 + 16 * 16) * 4
+    assert report.bytes_before == left + 4 * (2 * 32 * 16 + 16 * 16)
+    assert report.bytes_after == left + 2 * 32 * 16 + 16 * 16 + 4 * (32 + 16 + 16)
+    text = str(report)
+    assert all(e.name in text for e in report.entries) and "Int8Dynamic()" in text and "3 of 6" in text
+    assert fastnn.quantize_(net, INT8).quantized == ()
+    assert entry(fastnn.quantize_(net, INT8), "body.0").reason == "is quantised already"
+
+
+def test_results_are_those_of_the_op(net):
+    x, weight, bias = randn(7, 16), net.body[0].weight.detach().clone(), net.body[0].bias.detach()
+    fastnn.quantize_(net, INT8)
+    expected = linear_int8_reference(x, *quantize_rows_reference(weight), bias, None)
+    assert same_bits(net.body[0](x).detach(), expected)
+    assert net.body[2].activation == "relu" and bool((net.body[2](randn(5, 32)) >= 0).all())
+
+
+def test_names_choose(net):
+    report = fastnn.quantize_(copy.deepcopy(net), INT8, include="body.*")
+    assert [e.name for e in report.quantized] == ["body.0", "body.2"]
+    assert entry(report, "unused").reason == "not among those included"
+    report = fastnn.quantize_(copy.deepcopy(net), INT8, exclude=["body.*", "unus?d"])
+    assert [e.name for e in report.quantized] == [] and entry(report, "unused").reason == "excluded"
+    report = fastnn.quantize_(copy.deepcopy(net), INT8, lambda module, name: module.in_features == 32)
+    assert [e.name for e in report.quantized] == ["body.2"]
+    assert entry(report, "body.0").reason == "filter_fn said no"
+    for options in ({"include": "bodi.*"}, {"exclude": ["body.*", "no.such"]}):
+        with pytest.raises(ValueError, match=r"(bodi|no\.such).*matches no layer"):
+            fastnn.quantize_(net, INT8, **options)
+    assert isinstance(net.body[0], nn.Linear)
+
+
+def test_tied_head_is_untied_only_by_name(net):
+    report = fastnn.quantize_(net, INT8, include=["head"])
+    assert isinstance(net.head, Int8Linear) and isinstance(net.embed.weight, nn.Parameter)
+    assert "no longer tied to embed" in entry(report, "head").reason and report.bytes_after > report.bytes_before
+
+
+def test_tied_layers_share_their_codes(extension):
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in "abc"})
+    model.b.weight = model.a.weight
+    report = fastnn.quantize_(model, INT8)
+    assert model.a.weight is model.b.weight and model.a.weight_scale is model.b.weight_scale
+    assert model.a.bias is not model.b.bias and model.c.weight is not model.a.weight
+    assert entry(report, "b").bytes_before == entry(report, "b").bytes_after == 0
+    twin = copy.deepcopy(model)
+    assert twin.a.weight is twin.b.weight
+    assert fastnn.dequantize_(model) == ("a", "b", "c")
+    assert model.a.weight is model.b.weight and isinstance(model.a.weight, nn.Parameter)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Fixed times in place of measured ones: {in_features: (before, after)}."""
+    times, asked = {}, []
+
+    def compare(before, after, input):
+        asked.append((before, after, tuple(input.shape)))
+        return Times(*times.get(input.shape[-1], (1.0, 0.5)))
+
+    monkeypatch.setattr(quantize, "compare", compare)
+    return times, asked
+
+
+def test_slower_layers_are_left_alone_and_said_so(net, timed):
+    times, asked = timed
+    times[32] = (1.0, 1.5)
+    report = fastnn.quantize_(net, INT8, example_inputs=IDS)
+    assert [shape for _, _, shape in asked] == [(3, 10, 16), (3, 10, 32)]
+    assert isinstance(net.body[0], Int8Linear) and type(net.body[2]) is fastnn.nn.Linear
+    slow, fast = entry(report, "body.2"), entry(report, "body.0")
+    assert "1.50 times as long" in slow.reason and (slow.ms_before, slow.ms_after) == (1.0, 1.5)
+    assert fast.speedup == 2 and fast.input_shape == (3, 10, 16)
+    assert entry(report, "unused").became and entry(report, "unused").reason == "not run by the example"
+    assert "1.5" in str(report) and "3x10x16" in str(report)
+
+
+def test_max_slowdown_allows_it(net, timed):
+    timed[0][32] = (1.0, 1.5)
+    fastnn.quantize_(net, INT8, example_inputs=IDS, max_slowdown=2.0)
+    assert isinstance(net.body[2], Int8Linear)
+
+
+def test_equal_layers_are_measured_once(extension, timed):
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)))
+    fastnn.quantize_(model, INT8, example_inputs=randn(5, 16))
+    assert len(timed[1]) == 1
+
+
+def test_measuring_leaves_the_model_as_it_was(net):
+    calls = []
+    net.body[0].register_forward_hook(lambda *_: calls.append(1))
+    net.register_buffer("runs", torch.zeros(()))
+    net.register_forward_pre_hook(lambda module, _: module.runs.add_(1) and None)
+    state = torch.random.get_rng_state()
+    report = fastnn.quantize_(net, INT8, example_inputs=IDS, max_slowdown=1e9)
+    assert net.runs.item() == 0 and torch.equal(torch.random.get_rng_state(), state)
+    assert len(calls) == 1, "the example's own call; timing goes past the hooks"
+    measured = entry(report, "body.0")
+    assert measured.ms_before > 0 and measured.ms_after > 0
+    net(IDS)
+    assert len(calls) == 2, "hooks stay"
+
+
+def test_a_failing_example_changes_nothing(net):
+    with pytest.raises(IndexError):
+        fastnn.quantize_(net, INT8, example_inputs=torch.tensor([[99]]))
+    assert isinstance(net.body[0], nn.Linear)
+
+
+def test_the_model_lives_on(net):
+    fastnn.quantize_(net, INT8)
+    expected = net(IDS).detach()
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert same_bits(other(IDS).detach(), expected)
+    fresh = Net().eval()
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.zero_()
+    fastnn.quantize_(fresh, INT8)
+    fresh.load_state_dict(net.state_dict())
+    assert same_bits(fresh(IDS).detach(), expected)
+
+
+def test_back_to_floats(net):
+    before = {name: (type(m), sorted(vars(m))) for name, m in net.named_modules()}
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    net.unused.weight.requires_grad_(False)
+    fastnn.quantize_(net, INT8)
+    assert fastnn.dequantize_(net) == ("body.0", "body.2", "unused")
+    assert {name: (type(m), sorted(vars(m))) for name, m in net.named_modules()} == before
+    assert [name for name, _ in net.named_parameters()] == list(weights)
+    assert not net.unused.weight.requires_grad and net.body[0].weight.requires_grad
+    for name, p in net.named_parameters():
+        step = weights[name].abs().amax(-1, keepdim=True) / 127
+        assert ((p - weights[name]).abs() <= 0.501 * step).all(), name
+    assert fastnn.dequantize_(net) == ()
+    assert type(Int8Linear(3, 4)) is Int8Linear
+    alone = Int8Linear(3, 4, activation="relu")
+    fastnn.dequantize_(alone)
+    assert isinstance(alone, fastnn.nn.Linear)
+
+
+def test_conv1d_of_hugging_face(extension):
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    layer = pytorch_utils.Conv1D(24, 16)
+    with torch.no_grad():
+        layer.weight.copy_(randn(16, 24))
+    model, x = nn.Sequential(layer), randn(5, 16)
+    expected = linear_int8_reference(x, *quantize_rows_reference(layer.weight.t()), layer.bias.detach(), None)
+    weight = layer.weight.detach().clone()
+    report = fastnn.quantize_(model, INT8, example_inputs=x, max_slowdown=1e9)
+    assert report.entries[0].was == "Conv1D" and same_bits(model(x).detach(), expected)
+    fastnn.dequantize_(model)
+    assert type(model[0]) is pytorch_utils.Conv1D and model[0].weight.shape == (16, 24)
+    assert (model[0].weight - weight).abs().max() < weight.abs().max() / 127
+
+
+def test_a_layer_is_a_model(extension):
+    layer = nn.Linear(8, 4)
+    assert len(fastnn.quantize_(layer, INT8).quantized) == 1 and isinstance(layer, Int8Linear)
+
+
+def test_what_cannot_be_quantised_says_why(extension):
+    model = nn.ModuleDict(
+        {
+            "nan": nn.Linear(4, 4),
+            "double": nn.Linear(4, 4, dtype=torch.float64),
+            "meta": nn.Linear(4, 4, device="meta"),
+            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            "replaced": nn.Linear(4, 4),
+            "empty": nn.Linear(1, 1),
+        }
+    )
+    model["nan"].weight.data[0, 0] = float("nan")
+    model["replaced"].forward = lambda x: x
+    model["empty"].weight = nn.Parameter(torch.empty(4, 0))
+    reasons = {e.name: e.reason for e in fastnn.quantize_(model, INT8).skipped}
+    words = {
+        "nan": "NaN", "double": "float64", "meta": "meta", "normed": "", "replaced": "replaced", "empty": "not empty",
+    }  # fmt: skip
+    assert {name: word in reasons[name] for name, word in words.items()} == dict.fromkeys(words, True)
+
+
+def test_wrong_arguments():
+    model = nn.Linear(3, 4)
+    for config in ("int8", fastnn.Int8Dynamic, None):
+        with pytest.raises(TypeError, match=r"config must be one of Int8Dynamic\(\)"):
+            fastnn.quantize_(model, config)
+    with pytest.raises(TypeError, match=r"quantize_: model must be a torch\.nn\.Module"):
+        fastnn.quantize_([model], INT8)
+    for slowdown in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="max_slowdown"):
+            fastnn.quantize_(model, INT8, max_slowdown=slowdown)
+    with pytest.raises(TypeError, match="dequantize_"):
+        fastnn.dequantize_("model")
+
+
+def test_config_has_a_json_form():
+    assert json.loads(json.dumps(INT8.to_json())) == {"config": "Int8Dynamic"}
+
+
+def test_medians_are_of_both_in_turns():
+    order = []
+
+    class Counting(nn.Module):
+        def __init__(self, label):
+            super().__init__()
+            self.label = label
+
+        def forward(self, x):
+            order.append(self.label)
+            return x
+
+    found = measure.compare(Counting("a"), Counting("b"), torch.zeros(1))
+    assert found.before > 0 and found.after > 0
+    assert order[4:8] == ["a", "b", "a", "b"] and order.count("a") == order.count("b")
+
+
+def test_explain_and_accelerate_know_the_layers(net):
+    fastnn.quantize_(net, INT8)
+    expected = net(IDS).detach()
+    packed = net.body[0].packed._packed
+    explained = {part.name: part for part in fastnn.explain(net, IDS).parts}
+    assert explained["body.0"].kernel == "linear_int8_fwd" and explained["body.0"].limit_ms > 0
+    assert net.body[0].packed._packed is packed, "running it aside does not cost the packed copy"
+    report = fastnn.accelerate(net, example_inputs=IDS)
+    assert next(e.reason for e in report.entries if e.name == "body.0") == "is fastnn's already"
+    assert type(net.body[0]) is Int8Linear
+    report.restore()
+    assert same_bits(net(IDS).detach(), expected)
