@@ -30,7 +30,7 @@ class Net(nn.Module):
         self.b.weight = self.a.weight
         self.head = nn.Linear(6, 10, bias=False, dtype=torch.float32)
         self.head.weight = self.embed.weight
-        self.register_buffer("half", torch.randn(3).bfloat16())
+        self.register_buffer("rounded", torch.randn(3).bfloat16())
         self.register_buffer("mask", torch.tensor([[True, False]]))
         self.register_buffer("steps", torch.tensor(7 + seed))
         self.register_buffer("nothing", torch.empty(0, 4))

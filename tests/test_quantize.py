@@ -236,7 +236,7 @@ def test_what_cannot_be_quantised_says_why(extension):
     model = nn.ModuleDict(
         {
             "nan": nn.Linear(4, 4),
-            "double": nn.Linear(4, 4, dtype=torch.float64),
+            "doubles": nn.Linear(4, 4, dtype=torch.float64),
             "meta": nn.Linear(4, 4, device="meta"),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
             "replaced": nn.Linear(4, 4),
@@ -248,7 +248,7 @@ def test_what_cannot_be_quantised_says_why(extension):
     model["empty"].weight = nn.Parameter(torch.empty(4, 0))
     reasons = {e.name: e.reason for e in fastnn.quantize_(model, INT8).skipped}
     words = {
-        "nan": "NaN", "double": "float64", "meta": "meta", "normed": "", "replaced": "replaced", "empty": "not empty",
+        "nan": "NaN", "doubles": "float64", "meta": "meta", "normed": "", "replaced": "replaced", "empty": "not empty",
     }  # fmt: skip
     assert {name: word in reasons[name] for name, word in words.items()} == dict.fromkeys(words, True)
 

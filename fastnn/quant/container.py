@@ -47,7 +47,8 @@ class FormatError(ValueError):
 def _bytes(t: Tensor) -> memoryview:
     """The tensor's memory, little-endian, in row-major order."""
     flat = t.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(bytes_)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], kept: Mapping[str, Any]) -> None:

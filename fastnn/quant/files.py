@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +72,8 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
     tensors, kept = read(path)
     if kept.get("version") != FORMAT:
         raise FormatError(f"{path}: version {kept.get('version')!r}, this fastnn reads {FORMAT}")
-    shared, layers = kept.get("shared"), kept.get("int8")
+    shared: Any = kept.get("shared")
+    layers: Any = kept.get("int8")
     known = isinstance(shared, dict) and all(isinstance(name, str) and name in tensors for name in shared.values())
     if not known or not isinstance(layers, dict):
         raise FormatError(f"{path}: its metadata are not those of fastnn.save")
@@ -138,5 +139,5 @@ def _empty_layer(path: Path, options: Any, codes: Tensor | None, scale: Tensor |
     if codes.dim() != 2 or not (activation is None or (isinstance(activation, str) and activation in ACTIVATIONS)):
         raise FormatError(f"{path}: its int8 layers are of a kind that this fastnn does not know")
     layer = nn.Int8Linear(codes.shape[1], codes.shape[0], False, "meta")
-    layer.activation = activation
+    layer.activation = cast(Any, activation)
     return layer
