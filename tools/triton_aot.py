@@ -1,11 +1,12 @@
 """Compiles the Triton kernels for GPUs that need not be here, and holds what comes out to rules.
 
-    python tools/triton_aot.py [--arch sm_90,gfx942] [--only WORDS] [--json FILE] [--out FOLDER]
+    python tools/triton_aot.py [--arch sm_90,gfx942] [--only WORDS] [--json FILE] [--out FOLDER] [--odd]
 
 The operators run on tensors without memory; every launch is recorded instead of made and compiled as the launch would
 have been (types, alignment, configuration of that architecture). Rules: it compiles; nothing spills; shared memory
 fits; products in half precision use wgmma on sm_90 and tcgen05 on sm_100. Exit status 1 where one is broken. `--out`
-keeps the machine code of NVIDIA's targets, each with what tools/gpu_audit needs to know of it.
+keeps the machine code of NVIDIA's targets, each with what tools/gpu_audit needs to know of it. `--odd` takes shapes
+whose rows no 16 elements divide instead, many of which spill.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def launch_of(kernel: JITFunction, case: str, args: tuple[Any, ...], options: di
     return Launch(kernel, *pairs, case)
 
 
-def launches(arch: config.Arch, only: str) -> list[Launch]:
+def launches(arch: config.Arch, only: str, odd: bool = False) -> list[Launch]:
     """Every distinct launch of the cases on that architecture."""
     found: dict[Any, Launch] = {}
     case = ""
@@ -103,7 +104,7 @@ def launches(arch: config.Arch, only: str) -> list[Launch]:
     before, JITFunction.run = JITFunction.run, record
     config.assumed = arch
     try:
-        for name, run in cases():
+        for name, run in cases(odd):
             if only in name:
                 case = name
                 run()
@@ -175,7 +176,7 @@ def compiled(launch: Launch, arch: config.Arch, folder: Path | None = None) -> R
         row.spills = int((re.search(r"\.vgpr_spill_count:\s+(\d+)", text) or [0, "0"])[1])
         wanted, small = "mfma", False
     row.matrix = ",".join(found)
-    if folder is not None and not launch.case.startswith("odd"):  # the audit's rule of 128 bits is for the others
+    if folder is not None:
         keep(binary, launch, row, half, folder)
     if row.spills:
         row.broken = f"spills {row.spills}"
@@ -203,6 +204,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only cases with this in their name")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path, help="folder for the machine code")
+    parser.add_argument("--odd", action="store_true", help="shapes whose rows no 16 elements divide")
     parser.add_argument("--every", type=int, default=1, help="only each n-th launch")
     arguments = parser.parse_args()
     if arguments.out:
@@ -210,7 +212,7 @@ def main() -> int:
     rows = []
     for name in arguments.arch.split(","):
         arch = config.ARCHS[name]
-        for launch in launches(arch, arguments.only)[:: arguments.every]:
+        for launch in launches(arch, arguments.only, arguments.odd)[:: arguments.every]:
             row = compiled(launch, arch, arguments.out)
             rows.append(row)
             print(
