@@ -171,9 +171,9 @@ KERNEL_FAULTS = [
     ),
     Fault(
         "gelu runs as gelu_tanh",
-        f"{SIMD}activation.h",
-        "return f(ActivationTag<Activation::kGelu>{});",
-        "return f(ActivationTag<Activation::kGeluTanh>{});",
+        "csrc/params/activation.h",
+        "X(kGelu) X(kGeluTanh)",
+        "X(kGeluTanh) X(kGelu)",
         cell("linear-fp32-{isa}-contiguous"),
     ),
     Fault(
