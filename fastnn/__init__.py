@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import nn, ops
 from ._dispatch import use_backend
 from ._record import KernelRun, record
@@ -33,7 +36,9 @@ from .ops import (
     swiglu,
     tanh,
 )
-from .quant import Int8Dynamic, dequantize_, load, quantize_, save
+
+if TYPE_CHECKING:
+    from .quant import Int8Dynamic, dequantize_, load, quantize_, save
 
 __version__ = "0.1.0"
 
@@ -79,3 +84,17 @@ __all__ = [
     "tanh",
     "use_backend",
 ]
+
+_FROM_QUANT = ("Int8Dynamic", "dequantize_", "load", "quantize_", "save")
+
+
+def __getattr__(name: str) -> Any:
+    """Loads quantisation where it is first asked for: `import fastnn` stays quick."""
+    if name != "quant" and name not in _FROM_QUANT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    quant = importlib.import_module(".quant", __name__)
+    return quant if name == "quant" else getattr(quant, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
