@@ -139,7 +139,7 @@ STEPS = {
     "layer_norm": lambda x, w, b: layer_norm(x, x.shape[-1:], w[0], w[1]),
     "add_rms_norm": lambda x, w, b: add_rms_norm(x, x, w[0])[0],
     "cross_entropy": lambda x, w, b: cross_entropy(x, torch.zeros(len(x), dtype=torch.long), z_loss=0.1),
-    "rope": lambda x, w, b: rope(x[None, None, :, :4], None, w.detach()[:4, :4], w.detach()[:4, 1:])[0],
+    "rope": lambda x, w, b: rope(x[None, None, :, :4], None, x.detach()[:, :4], x.detach()[:, 1:5])[0],
     "attention": lambda x, w, b: scaled_dot_product_attention(x[None, None], w[None, None], w[None, None], None, 0.1),
 }
 
