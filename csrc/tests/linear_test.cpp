@@ -30,9 +30,12 @@ void check_close(const Case& c, const char* what, double got, double truth, doub
         static_cast<long>(c.N), static_cast<long>(c.K), static_cast<long>(i), got, truth, bound);
 }
 
-// Of an activation in float32: its argument's error times its steepest slope, and its own rounding.
-double activation_bound(double argument_error, double z) {
-  return 1.2 * argument_error + 0x1p-20 * std::min(1.0, std::abs(z)) + 0x1p-21 * std::abs(z);
+// Of an activation: its argument's error times its steepest slope, and its own rounding; it is
+// rough where the result has 16 bits.
+double activation_bound(const Case& c, double argument_error, double z, double y) {
+  const double rough = c.type == DType::kFloat32 ? 0 : 0x1p-12 * std::abs(y);
+  return 1.2 * argument_error + 0x1p-20 * std::min(1.0, std::abs(z)) + 0x1p-21 * std::abs(z) +
+         rough;
 }
 
 struct Forward {
@@ -77,7 +80,8 @@ void check_forward(const Case& c, Order x_order, Order w_order, int64_t bias_str
     const double error = sum_bound(product.size[static_cast<size_t>(i)] + std::abs(b), c.K);
     if (save) check_close(c, "pre-activation", f.pre.at(i), z, error + storing_bound(z, c.type), i);
     const double y = activation_of(c.activation, z);
-    const double bound = c.activation == Activation::kNone ? error : activation_bound(error, z);
+    const double bound =
+        c.activation == Activation::kNone ? error : activation_bound(c, error, z, y);
     check_close(c, "forward", f.y.at(i), y, bound + storing_bound(y, c.type), i);
   }
   CHECK(f.y.memory.intact() && f.pre.memory.intact() && copy.intact(), "%s wrote outside", c.isa);
