@@ -1,0 +1,98 @@
+"""Faults in int8 layers."""
+
+from __future__ import annotations
+
+from fault import GEMM, OPS, SIMD, Fault
+
+INT8, INT8_KERNEL = "tests/test_int8.py", "csrc/cpu/kernels/linear_int8.h"
+INT8_BITS = (f"{INT8}::test_same_bits_as_plain_pytorch[torch.float32-{{isa}}]",)
+INT8_ROWS = (f"{INT8}::test_rows_of_every_kind[torch.float32-{{isa}}]",)
+INT8_FAULTS = [
+    Fault(
+        "int8: the largest magnitude of a row misses its tail",
+        INT8_KERNEL,
+        "if (left <= 0) continue;",
+        "if (left < kLanes) continue;",
+        INT8_ROWS,
+    ),
+    Fault(
+        "int8: a row with an infinity counts as finite",
+        INT8_KERNEL,
+        "if (bits >= kInfinityBits) {",
+        "if (bits > kInfinityBits) {",
+        INT8_ROWS,
+    ),
+    Fault(
+        "int8: a row of zeros has the scale 0",
+        INT8_KERNEL,
+        "scale[m] = one > kLeastScale ? one : kLeastScale;",
+        "scale[m] = one;",
+        INT8_ROWS,
+    ),
+    Fault(
+        "int8: values are cut down to codes, not rounded",
+        f"{SIMD}codes.h",
+        "_mm256_cvtps_epi32((__m256)x)",
+        "_mm256_cvttps_epi32((__m256)x)",
+        INT8_BITS,
+        isa="avx2",
+    ),
+    Fault(
+        "int8: products of bytes saturate at 16 bits",
+        f"{SIMD}codes.h",
+        "return (Vec)_mm256_add_epi32(_mm256_add_epi32((__m256i)c, even), odd);",
+        "return (Vec)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), "
+        "_mm256_set1_epi16(1)));",
+        (f"{INT8}::test_sums_are_exact_at_their_longest[avx2]",),
+        isa="avx2",
+    ),
+    Fault(
+        "int8: the shift of the inputs' codes is not taken back",
+        GEMM,
+        "(IVec)((UVec)load(t) - (UVec)load_ints(s.offset + n))",
+        "(IVec)load(t)",
+        INT8_BITS,
+    ),
+    Fault(
+        "int8: sums of two blocks of K are added as floats",
+        "csrc/cpu/gemm/units.h",
+        "return (Vec)((UVec)a + (UVec)b);",
+        "return a + b;",
+        INT8_BITS,
+    ),
+    Fault(
+        "int8: a layer's packed copy does not follow its scales",
+        f"{OPS}packing.py",
+        "t.stride()) for t in sources))",
+        "t.stride()) for t in sources[:1]))",
+        (f"{INT8}::test_packs_once_and_follows_its_buffers",),
+    ),
+    Fault(
+        "int8: the scale is rounded with the model",
+        "fastnn/nn/linear_int8.py",
+        "if self.weight_scale.dtype != torch.float32:",
+        "if self.weight_scale.dtype == torch.float64:",
+        (f"{INT8}::test_scale_stays_float32",),
+    ),
+    Fault(
+        "int8: floating weights are loaded as whole numbers",
+        "fastnn/nn/linear_int8.py",
+        "weight.dtype != torch.int8:",
+        "weight.dtype == torch.float64:",
+        (f"{INT8}::test_floating_weights_are_not_loaded_into_codes",),
+    ),
+    Fault(
+        "quantize_: a slower layer is quantised all the same",
+        "fastnn/quant/quantize.py",
+        "if slowdown > max_slowdown:",
+        "if slowdown > 10 * max_slowdown:",
+        ("tests/test_quantize.py::test_slower_layers_are_left_alone_and_said_so",),
+    ),
+    Fault(
+        "quantize_: tied layers have codes of their own",
+        "fastnn/quant/quantize.py",
+        "setattr(layer.made, name, buffer)",
+        "setattr(layer.made, name, buffer.clone())",
+        ("tests/test_quantize.py::test_tied_layers_share_their_codes",),
+    ),
+]
