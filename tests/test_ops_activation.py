@@ -5,29 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from operators import Calls, tensor
 
 import fastnn
 from fastnn import geglu, gelu, reglu, relu, relu2, silu, swiglu
 from fastnn.ops.activation import ACTIVATIONS
 from fastnn.testing import assert_within_budget, policy, same_bits
 from fastnn.testing.ops.activation import FUNCTIONS, GLUS
-
-
-def tensor(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-class Calls(TorchDispatchMode):
-    """The operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_every_activation_has_a_function():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operators import Calls, tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastnn
@@ -13,25 +13,9 @@ from fastnn.ops.attention import dropout_mask
 from fastnn.testing import same_bits, targets
 
 
-def tensor(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def seeded(call, seed=3):
     torch.manual_seed(seed)
     return call()
-
-
-class Calls(TorchDispatchMode):
-    """The operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("target", targets(), ids=str)

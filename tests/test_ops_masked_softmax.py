@@ -4,29 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operators import Calls, tensor
 
 import fastnn
 from fastnn import masked_softmax
 from fastnn.testing import assert_within_budget, policy, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def tensor(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-class Calls(TorchDispatchMode):
-    """The operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from operators import Calls, tensor
 
 import fastnn
 from fastnn import rope, rope_tables
@@ -17,10 +17,6 @@ from fastnn.testing import assert_within_budget, policy, same_bits
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def tensor(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def inside(b=2, h=3, s=5, d=8, dtype=torch.float32, seed=0):
     """Heads as a linear layer gives them."""
     return tensor(b, s, h, d, dtype=dtype, seed=seed).transpose(1, 2)
@@ -28,18 +24,6 @@ def inside(b=2, h=3, s=5, d=8, dtype=torch.float32, seed=0):
 
 def full(tables, dtype=torch.float32, interleaved=False):
     return [(t.repeat_interleave(2, -1) if interleaved else torch.cat((t, t), -1)).to(dtype) for t in tables]
-
-
-class Calls(TorchDispatchMode):
-    """The operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
