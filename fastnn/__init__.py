@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import nn, ops
+from . import memory, nn, ops
 from ._dispatch import use_backend
 from ._record import KernelRun, record
 from .accelerate import Explanation, Report, accelerate, explain
@@ -65,6 +65,7 @@ __all__ = [
     "load",
     "log_softmax",
     "masked_softmax",
+    "memory",
     "nn",
     "ops",
     "quantize_",

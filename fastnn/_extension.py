@@ -24,6 +24,10 @@ try:
             _C.set_isa(_isa)
         except ValueError as error:
             raise ValueError(f"environment variable FASTNN_ISA: {error}") from None
+    if _megabytes := os.environ.get("FASTNN_CACHE_MB"):
+        if not _megabytes.isascii() or not _megabytes.isdigit():
+            raise ValueError(f"environment variable FASTNN_CACHE_MB: expected whole MiB, got {_megabytes!r}")
+        _C.set_cache_limit(int(_megabytes) << 20)
 except ImportError as error:
     _C = None
     missing = (

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastnn.demo.train import digits, train_classifier, train_gpt
+from fastnn.demo.train import digits, train_classifier, train_language
 
 
-def test_gpt_learns_the_same_both_ways(tmp_path):
+@pytest.mark.parametrize("llama", [False, True], ids=["GPT-2", "Llama"])
+def test_language_model_learns_the_same_both_ways(tmp_path, llama):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    found = train_gpt(text, lambda total: None, steps=12, batch=2, length=32)
+    found = train_language(text, llama, lambda total: None, steps=12, batch=2, length=32)
     assert not isinstance(found, str), found
     assert found.curve_difference < 1e-3 and found.fastnn.losses[-1] < found.fastnn.losses[0]
 
@@ -27,7 +28,7 @@ def test_classifier_learns_the_same_both_ways():
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTNN_DATA", raising=False)
-    assert "--text" in train_gpt(None, lambda total: None)
+    assert "--text" in train_language(None, False, lambda total: None)
     short = tmp_path / "short.txt"
     short.write_text("abc")
-    assert "3 characters" in train_gpt(short, lambda total: None)
+    assert "3 characters" in train_language(short, False, lambda total: None)

@@ -6,8 +6,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 
 #include "bindings/tensor.h"
+#include "cpu/cache.h"
 #include "cpu/dispatch.h"
 #include "cpu/limits.h"
 #include "cpu/memory.h"
@@ -93,6 +95,15 @@ bool torch_allows_tf32() {
   return py::module_::import("fastnn._dispatch").attr("allows_tf32")().cast<bool>();
 }
 
+std::map<std::string, int64_t> cache_stats() {
+  const fastnn::CacheStats s = fastnn::cache_stats();
+  return {{"waiting_bytes", s.waiting_bytes},
+          {"used_bytes", s.used_bytes},
+          {"peak_bytes", s.peak_bytes},
+          {"reused", s.reused},
+          {"mapped", s.mapped}};
+}
+
 bool environment_flag(const char* name) {
   const char* const value = std::getenv(name);
   return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
@@ -118,6 +129,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("poison", &fastnn::poison, "Whether fresh memory is filled with NaN.");
   m.def("set_poison", &fastnn::set_poison, py::arg("on"),
         "Fills fresh outputs and scratch with NaN from now on.");
+  m.def("set_cache_limit", &fastnn::set_cache_limit, py::arg("bytes"),
+        "How much freed memory of results is kept; 0 turns it off.");
+  m.def("cache_limit", &fastnn::cache_limit, "What set_cache_limit was last given.");
+  m.def("empty_cache", &fastnn::empty_cache, "Gives kept memory back to the system.");
+  m.def("cache_stats", &cache_stats, "What the cache holds and did.");
+  m.def("keep_freed_memory", &fastnn::keep_freed_memory, py::arg("on"),
+        "Has malloc keep what is freed; whether it obeyed.");
   m.def("cuda_compiled", &fastnn::cuda_compiled, "Whether CUDA kernels are compiled in.");
   m.def("allow_tf32", &fastnn::allow_tf32,
         "Whether float32 products on CUDA may be tf32: fastnn._dispatch.allows_tf32().");

@@ -2,6 +2,7 @@
 
 #include <new>
 
+#include "cpu/cache.h"
 #include "cpu/parallel.h"
 
 // Present from torch 2.13 on, null before: why the last C call failed.
@@ -144,9 +145,35 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   return strides;
 }
 
+// Elements from the first to the last, or 0.
+int64_t storage_elements(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return 0;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  return last + 1;
+}
+
+// A tensor that owns its part of `memory`.
+Tensor on_memory(std::shared_ptr<void> memory, const std::vector<int64_t>& sizes,
+                 const std::vector<int64_t>& strides, ScalarType dtype) {
+  void* const data = memory.get();
+  return torch::stable::from_blob(data, sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype,
+                                  [memory = std::move(memory)](void*) {});
+}
+
 Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                   ScalarType dtype, int64_t element) {
   const DeviceScope& scope = DeviceScope::current();
+  if (!scope.cuda() && cache_limit() > 0) {
+    const int64_t bytes = storage_elements(sizes, strides) * element;
+    if (auto memory = cached_memory(bytes)) {
+      prepare_output(memory.get(), bytes);
+      return on_memory(std::move(memory), sizes, strides, dtype);
+    }
+  }
   AtenTensorHandle handle = nullptr;
   const auto failed =
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -190,11 +217,7 @@ Tensor new_kept(int64_t floats) {
   } catch (const std::bad_alloc&) {
     fail<OutOfMemory>("fastnn: cannot allocate ", floats * 4, " bytes to keep");
   }
-  void* const data = memory.get();
-  const std::vector<int64_t> sizes = {floats}, strides = {1};
-  return torch::stable::from_blob(data, sizes, strides,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  ScalarType::Float, [memory = std::move(memory)](void*) {});
+  return on_memory(std::move(memory), {floats}, {1}, ScalarType::Float);
 }
 
 void check_grad_handled(bool grad_handled, const char* op) {

@@ -1,31 +1,26 @@
 #include "cpu/memory.h"
 
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <mutex>
 #include <new>
+
+#include "cpu/cache.h"
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace fastnn {
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
 std::atomic<bool> g_poison{false};
-
-void advise_huge(void* p, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const auto first = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
-  const auto last =
-      (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)p;
-  (void)bytes;
-#endif
-}
 
 void* allocate(int64_t bytes) {
   const int64_t alignment = bytes >= kHugePage ? kHugePage : 64;
@@ -72,9 +67,54 @@ thread_local Kept t_kept;
 void set_poison(bool on) { g_poison.store(on, std::memory_order_relaxed); }
 bool poison() { return g_poison.load(std::memory_order_relaxed); }
 
+void advise_huge(void* p, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto first = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto last =
+      (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
 void prepare_output(void* p, int64_t bytes) {
   if (bytes >= kHugeOutputBytes) advise_huge(p, bytes);
   if (poison()) std::memset(p, 0xff, static_cast<size_t>(bytes));
+}
+
+#ifdef __GLIBC__
+namespace {
+
+// Page faults of writing to a fresh block of 64 MiB that another one of its size was freed before.
+int64_t faults_of_a_second_block() {
+  constexpr size_t kBytes = size_t{64} << 20, kTouched = size_t{1} << 20, kPage = 4096;
+  rusage before{}, after{};
+  for (int round = 0; round < 2; ++round) {
+    auto* const block = static_cast<volatile char*>(std::malloc(kBytes));
+    if (block == nullptr) throw std::bad_alloc();
+    getrusage(RUSAGE_THREAD, &before);
+    for (size_t i = 0; i < kTouched; i += kPage) block[i] = 1;
+    getrusage(RUSAGE_THREAD, &after);
+    std::free(const_cast<char*>(block));
+  }
+  return after.ru_minflt - before.ru_minflt;
+}
+
+}  // namespace
+#endif
+
+bool keep_freed_memory(bool on) {
+#ifdef __GLIBC__
+  constexpr int kAll = std::numeric_limits<int>::max(), kUsual = 32 << 20;
+  const bool said = mallopt(M_MMAP_THRESHOLD, on ? kAll : kUsual) == 1 &&
+                    mallopt(M_TRIM_THRESHOLD, on ? kAll : 2 * kUsual) == 1;
+  if (!on) malloc_trim(0);
+  return said && (!on || faults_of_a_second_block() < 128);  // of 256
+#else
+  return !on;
+#endif
 }
 
 std::shared_ptr<void> keep_memory(int64_t bytes) {
@@ -104,12 +144,14 @@ Scratch::Scratch(int64_t bytes) : data_(nullptr), bytes_(bytes > 0 ? bytes : 1) 
     bytes_ = t_kept.bytes;
     t_kept = Kept{};
   } else {
-    data_ = allocate(bytes_);
+    if (bytes_ > kKeptScratchBytes) cached_ = cached_memory(bytes_);
+    data_ = cached_ != nullptr ? cached_.get() : allocate(bytes_);
   }
   if (poison()) std::memset(data_, 0xff, static_cast<size_t>(bytes_));
 }
 
 Scratch::~Scratch() {
+  if (cached_ != nullptr) return;
   if (bytes_ <= kKeptScratchBytes && bytes_ > t_kept.bytes) {
     std::free(t_kept.data);
     t_kept.data = data_;

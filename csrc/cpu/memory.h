@@ -11,12 +11,21 @@ namespace fastnn {
 void set_poison(bool on);
 bool poison();
 
+constexpr int64_t kHugePage = int64_t{2} << 20;
+// Asks for huge pages under the whole ones of [p, p + bytes).
+void advise_huge(void* p, int64_t bytes);
+
 // Makes a call's result ready before its first touch: asks for huge pages under the whole 2 MiB
 // pages of [p, p + bytes) if they are large, and poisons.
 void prepare_output(void* p, int64_t bytes);
 // Above this malloc maps fresh 4 KiB pages on every call, and faulting them in is 80 % of a row
 // operation; below it the same memory comes round again and huge pages gain nothing.
 constexpr int64_t kHugeOutputBytes = int64_t{32} << 20;
+
+// Has malloc, and so all of torch in this process, keep what is freed for the next block instead of
+// giving it back; off: back to giving back what is above 32 MiB, and what is free now goes. Returns
+// whether malloc obeyed: another allocator than glibc's does not.
+bool keep_freed_memory(bool on);
 
 // Memory for what is kept and streamed again and again (packed weights), 64-byte aligned, on huge
 // pages: those give 1.5 times the read bandwidth, and 5 % of a product with 128 rows whose weight
@@ -35,7 +44,7 @@ bool streams(const void* out, int64_t rows, int64_t row_bytes, int64_t tensors);
 
 // A per-thread buffer that lives for one kernel call, 64-byte aligned, on huge pages from 2 MiB on.
 // Buffers up to kKeptScratchBytes stay with the thread for the next call; they nest (a second one
-// alive at the same time is its own).
+// alive at the same time is its own). Larger ones come from the cache (cpu/cache.h), if it is on.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes);  // throws std::bad_alloc
@@ -45,6 +54,7 @@ class Scratch {
   void* get() const { return data_; }
 
  private:
+  std::shared_ptr<void> cached_;
   void* data_;
   int64_t bytes_;
 };

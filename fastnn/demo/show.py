@@ -21,7 +21,7 @@ from ..info import machine_line
 from .encoder import Encoder, load
 from .measure import Comparison, compare
 from .sentences import CANDIDATES, QUERIES
-from .train import Run, Training, train_classifier, train_gpt
+from .train import Run, Training, train_classifier, train_language
 
 COSINE_LIMIT = 1e-5
 """The largest cosine distance between an embedding before and after."""
@@ -179,19 +179,23 @@ def _times(timings: list[Timing]) -> Any:
 
 
 def _trainings(text: Path | None, console: Console) -> list[Training | str]:
-    """Trains the classifier and the GPT both ways; prints the table. A string says why one was not trained."""
+    """Trains every model both ways; prints the table. A string says why one was not trained."""
     columns = (TextColumn("Training, {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        bars = [progress.add_task(name, total=None) for name in ("digits", "characters")]
+        bars = [progress.add_task(name, total=None) for name in ("digits", "GPT-2", "Llama")]
 
         def advance(bar: TaskID) -> Callable[[int], None]:
             return lambda total: progress.update(bar, total=total, advance=1)
 
-        found = [train_classifier(advance(bars[0])), train_gpt(text, advance(bars[1]))]
+        found = [
+            train_classifier(advance(bars[0])),
+            train_language(text, False, advance(bars[1])),
+            train_language(text, True, advance(bars[2])),
+        ]
     done = [t for t in found if not isinstance(t, str)]
     rows = [_TrainingRow(training, ours) for training in done for ours in (False, True)]
     console.print(rich_table("Training, float32, the same start and batches", _TRAINING_COLUMNS, rows))
-    for reason in found:
+    for reason in dict.fromkeys(found):
         if isinstance(reason, str):
             console.print(f"[yellow]Not trained:[/] {reason}")
     return found
@@ -203,6 +207,7 @@ _TRAINING_COLUMNS = (
     Column("by", lambda row: "fastnn" if row.ours else "torch"),
     Column("a step", lambda row: f"{row.run.median_ms:.2f} ms", "right"),
     Column("faster by", lambda row: f"{row.of.ratio:.2f}x" if row.ours else "", "right", "bold green"),
+    Column("memory", lambda row: "" if row.run.memory is None else f"{row.run.memory / 2**20:.0f} MiB", "right"),
     Column("last loss", lambda row: f"{row.run.losses[-1]:.4f}", "right"),
     Column("accuracy", lambda row: "" if row.run.accuracy is None else f"{100 * row.run.accuracy:.2f} %", "right"),
 )

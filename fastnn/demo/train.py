@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import fastnn
+
+from ..bench.worker import extra_memory
+from .language import OPS, CharacterModel, Characters
 
 _LAYERS = {
     "torch": (nn.Linear, nn.CrossEntropyLoss),
@@ -31,6 +35,8 @@ class Run:
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     accuracy: float | None = None
+    memory: int | None = None
+    """Bytes by which the process grows at most during a step; None where nothing tells."""
 
     @property
     def median_ms(self) -> float:
@@ -89,47 +95,6 @@ class Classifier(nn.Module):
         return self.output(h if self.fused else torch.relu(h))
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block, width 256, 4 heads."""
-
-    def __init__(self, kind: str, width: int, heads: int) -> None:
-        super().__init__()
-        linear = _LAYERS[kind][0]
-        self.kind, self.heads = kind, heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = linear(width, 3 * width), linear(width, width)
-        fused = kind == "fastnn"
-        self.up = fastnn.nn.Linear(width, 4 * width, activation="gelu") if fused else linear(width, 4 * width)
-        self.down = linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, length, width) to the same."""
-        n, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        ours = self.kind == "fastnn"
-        attend = fastnn.scaled_dot_product_attention if ours else nn.functional.scaled_dot_product_attention
-        x = x + self.proj(attend(q, k, v, is_causal=True).transpose(1, 2).reshape(n, length, width))
-        h = self.up(self.norm2(x))
-        return x + self.down(h if ours else nn.functional.gelu(h))
-
-
-class CharacterGPT(nn.Module):
-    """A character model: 4 layers, width 256."""
-
-    def __init__(self, kind: str, vocabulary: int, length: int, width: int = 256, layers: int = 4) -> None:
-        super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(Block(kind, width, 4) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
-        linear, loss = _LAYERS[kind]
-        self.head, self.loss = linear(width, vocabulary, bias=False), loss()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (N length, vocabulary) of characters (N, length)."""
-        h = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
-        return self.head(self.norm(self.blocks(h))).flatten(0, 1)
-
-
 def _train(
     models: dict[str, nn.Module],
     batches: Iterator[tuple[Tensor, Tensor]],
@@ -141,16 +106,23 @@ def _train(
     models[names[1]].load_state_dict(copy.deepcopy(models[names[0]].state_dict()))
     optimizers = {name: torch.optim.Adam(model.parameters(), learning_rate) for name, model in models.items()}
     runs = {name: Run() for name in names}
+
+    def take_step(name: str, x: Tensor, y: Tensor) -> Tensor:
+        loss = models[name].loss(models[name](x), y)  # type: ignore[operator]
+        optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        optimizers[name].step()
+        return loss
+
     for step, (x, y) in enumerate(batches):
         for name in names if step % 2 else reversed(names):
             start = time.perf_counter()
-            loss = models[name].loss(models[name](x), y)  # type: ignore[operator]
-            optimizers[name].zero_grad(set_to_none=True)
-            loss.backward()
-            optimizers[name].step()
+            loss = take_step(name, x, y)
             runs[name].step_ms.append(time.perf_counter() - start)
             runs[name].losses.append(loss.item())
         advance()
+    for name in names:
+        runs[name].memory = extra_memory(partial(take_step, name, x, y))
     return runs
 
 
@@ -207,30 +179,25 @@ def train_classifier(advance: Callable[[int], None], epochs: int = 5, batch: int
     return Training("classifier 784-128-10", source, total, runs["torch"], runs["fastnn"])
 
 
-def train_gpt(
-    text: Path | None, advance: Callable[[int], None], steps: int = 200, batch: int = 8, length: int = 128
+def train_language(
+    text: Path | None,
+    llama: bool,
+    advance: Callable[[int], None],
+    steps: int = 200,
+    batch: int = 8,
+    length: int = 128,
 ) -> Training | str:
-    """A 4-layer, width-256 character GPT on a text file; or why there is none."""
+    """A 4-layer, width-256 character model, shaped as GPT-2 or as Llama, on a text file; or why there is none."""
     if text is None:
         folder = os.environ.get("FASTNN_DATA", "")
         text = Path(folder) / "tinyshakespeare.txt" if folder else None
     if text is None or not text.is_file():
         return "no text: give --text FILE, or set FASTNN_DATA to a folder with tinyshakespeare.txt"
-    characters = text.read_text("utf-8")
-    vocabulary = sorted(set(characters))
-    index = {c: i for i, c in enumerate(vocabulary)}
-    tokens = torch.tensor([index[c] for c in characters])
-    if len(tokens) <= length + 1:
-        return f"{text.name} has {len(tokens)} characters; the model reads {length + 1} at a time"
+    data = Characters(text, length)
+    if len(data.tokens) <= length + 1:
+        return f"{text.name} has {len(data.tokens)} characters; the model reads {length + 1} at a time"
     torch.manual_seed(0)
-    models: dict[str, nn.Module] = {kind: CharacterGPT(kind, len(vocabulary), length) for kind in _LAYERS}
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(1)
-        for _ in range(steps):
-            starts = torch.randint(len(tokens) - length - 1, (batch,), generator=generator)
-            window = torch.stack([tokens[s : s + length + 1] for s in starts])
-            yield window[:, :-1], window[:, 1:].reshape(-1)
-
-    runs = _train(models, batches(), 3e-4, lambda: advance(steps))
-    return Training("GPT, 4 layers of width 256", text.name, steps, runs["torch"], runs["fastnn"])
+    models: dict[str, nn.Module] = {kind: CharacterModel(kind, llama, data.vocabulary, length) for kind in OPS}
+    runs = _train(models, data.batches(steps, batch), 3e-4, lambda: advance(steps))
+    name = f"{'Llama' if llama else 'GPT-2'}-shaped, 4 layers of width 256"
+    return Training(name, text.name, steps, runs["torch"], runs["fastnn"])

@@ -173,7 +173,7 @@ def _check_shapes(
     batch, length, features = query.shape[0], query.shape[3 - heads_dim], query.shape[3]
     if rotary % 2 or not 0 <= rotary <= features:
         raise ValueError(
-            f"fastnn.rope: rotary_dim, the width of cos unless given, must be even and at most the {features} features "
+            f"fastnn.rope: rotary_dim, all features unless given, must be even and at most the {features} features "
             f"of a head; got {rotary}"
         )
     if key is not None and (key.dim() != 4 or [n for d, n in enumerate(key.shape) if d != heads_dim] != [
@@ -234,8 +234,8 @@ def rope(
             features. 1, or 2 for (batch, length, heads, features); one less without a batch.
         positions: (length,) or (batch or 1, length), the rows of cos and sin to take, int64 or int32; None for rows in
             order.
-        rotary_dim: how many features of a head are rotated, even; None for the width of cos. Tables of half that width
-            need it.
+        rotary_dim: how many features of a head are rotated, even; None for all, where cos has an entry for each.
+            Narrower tables need it: they could be of pairs or of a part of the features.
         interleaved: whether a pair is two neighbours (GPT-J) instead of features i and i + rotary_dim / 2 (GPT-NeoX,
             Llama). Tables with an entry for each feature have it in the features' order.
 
@@ -265,6 +265,11 @@ def rope(
         )
     if cos.dim() < 2:
         raise ValueError(f"fastnn.rope: cos must be (length, width) or (batch, length, width), got {tuple(cos.shape)}")
+    if rotary_dim is None and cos.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"fastnn.rope: cos has a width of {cos.shape[-1]} beside the {query.shape[-1]} features of a head: give "
+            "rotary_dim, as many as the width (an entry for each feature rotated) or twice as many (for each pair)"
+        )
     options = RopeOptions(cos.shape[-1] if rotary_dim is None else rotary_dim, interleaved, heads_dim + 4 - rank)
     if rank == 4:
         return _rope(query, key, cos, sin, positions, options)

@@ -235,6 +235,7 @@ def _public_calls() -> Iterator[InvalidCall]:
     yield _public("cos_width", lambda: rope(x, x, t, t, rotary_dim=6), ValueError, "cos", "6", "(5, 8)")
     yield _public("cos_wide", lambda: rope(x, x, _x(5, 10), _x(5, 10)), ValueError, "rotary_dim", "10")
     yield _public("cos_odd", lambda: rope(x, x, _x(5, 3), _x(5, 3)), ValueError, "rotary_dim", "3")
+    yield _public("cos_narrow", lambda: rope(x, x, _x(5, 4), _x(5, 4)), ValueError, "rotary_dim", "4", "8")
     yield _public("sin_shape", lambda: rope(x, x, t, _x(1, 8)), ValueError, "sin", "(5, 8)", "(1, 8)")
     yield _public("sin_device", lambda: rope(x, x, t, t.to("meta")), ValueError, "sin", "meta")
     yield _public("unsqueeze_dim_0", lambda: rope(x, x, t, t, 0), ValueError, "unsqueeze_dim", "0")
