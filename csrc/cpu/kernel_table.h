@@ -2,19 +2,31 @@
 // Each csrc/cpu/kernels/<part>.cpp, compiled once per instruction set, defines one part of the
 // table; cpu/<op>.cpp splits the work over threads and calls them.
 #pragma once
-#include "cpu/gemm/params.h"
-#include "params/activation.h"
-#include "params/attention.h"
-#include "params/cross_entropy.h"
-#include "params/dropout_add.h"
-#include "params/limits.h"
-#include "params/linear.h"
-#include "params/masked_softmax.h"
-#include "params/norm.h"
-#include "params/rope.h"
-#include "params/softmax.h"
+#include "params/common.h"
 
 namespace fastnn {
+
+// Declared only, so that a change of one op's arguments compiles that op again.
+struct ActivationBwdParams;
+struct ActivationParams;
+struct AttentionBwdParams;
+struct AttentionFwdParams;
+struct AttentionParams;
+struct Block;
+struct CrossEntropyBwdParams;
+struct CrossEntropyFwdParams;
+struct DropoutAddParams;
+struct GemmParams;
+struct LinearBwdParams;
+struct MaskedSoftmaxParams;
+struct Matrix;
+struct NormBwdParams;
+struct NormParams;
+struct RopeParams;
+struct SoftmaxBwdParams;
+struct SoftmaxParams;
+struct StreamParams;
+enum class PeakKind : int32_t;
 
 struct ActivationKernels {
   // The block; bias as neighbouring float32, or null. Its columns' sums of dx are added to db,

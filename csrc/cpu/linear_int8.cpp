@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/dispatch.h"
+#include "cpu/gemm/params.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/parameters.h"

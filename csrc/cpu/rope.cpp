@@ -27,13 +27,16 @@ void rope(const RopeParams& given) {
   RopeParams p = given;
   const KernelTable& table = kernels();
   record_run(p.inverse ? "rope_bwd" : "rope_fwd", table.isa);
-  int64_t heads = 0;
   for (int32_t i = 0; i < p.count; ++i) {
     p.operands[i].stream = streams_rows(p, p.operands[i]);
-    heads += p.operands[i].heads;
   }
+  const int64_t heads = rope_heads(p);
   if (p.D == 0 || heads == 0) return;
-  parallel_for(rope_items(p), std::max<int64_t>(1, kGrain / (kRopePositions * heads * p.D)),
+  const RopeOperand& o = p.operands[0];
+  p.by_heads =
+      o.x_head_stride > o.x_row_stride && p.S > kRopePositions && p.B * heads >= 4 * thread_count();
+  const int64_t elements = p.by_heads ? p.S * p.D : kRopePositions * heads * p.D;
+  parallel_for(rope_items(p), std::max<int64_t>(1, kGrain / elements),
                [&](int64_t begin, int64_t end) {
                  const Scratch scratch(rope_scratch_floats(p) * 4);
                  table.rope(p, begin, end, static_cast<float*>(scratch.get()));

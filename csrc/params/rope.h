@@ -33,13 +33,19 @@ struct RopeParams {
   int64_t positions_batch_stride;
   DType dtype, table_dtype;
   bool interleaved, inverse;
+  bool by_heads = false;  // how the work is dealt out: rope_items
 };
 
-// Neighbouring positions of a batch entry are one block of work: what the tables hold for them
-// stays in the first cache while the heads go by.
+// A block of neighbouring positions: what the tables hold for them stays in the first cache.
 constexpr int64_t kRopePositions = 16;
+constexpr int64_t rope_heads(const RopeParams& p) {
+  return p.operands[0].heads + (p.count > 1 ? p.operands[1].heads : 0);
+}
+// Work goes as rows lie in memory: heads side by side block by block, with the tables read once;
+// heads apart head by head, with the tables read for each. Memory is streamed from end to end then:
+// a block of each of 32 heads in turns took 1.4 times as long.
 constexpr int64_t rope_items(const RopeParams& p) {
-  return p.B * ((p.S + kRopePositions - 1) / kRopePositions);
+  return p.B * (p.by_heads ? rope_heads(p) : (p.S + kRopePositions - 1) / kRopePositions);
 }
 
 // A block's tables are copied where the kernel cannot read them in place: as float32, and when

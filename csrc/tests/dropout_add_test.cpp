@@ -7,6 +7,7 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/memory.h"
+#include "params/activation.h"
 #include "tests/buffer.h"
 #include "tests/isa.h"
 #include "tests/pool.h"

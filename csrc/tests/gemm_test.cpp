@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/gemm/params.h"
 #include "tests/activations.h"
 #include "tests/isa.h"
 #include "tests/matrix.h"

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu/gemm/params.h"
 #include "cpu/linear.h"
 #include "tests/buffer.h"
 #include "tests/isa.h"

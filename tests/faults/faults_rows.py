@@ -255,4 +255,32 @@ ROPE_FAULTS = [
         "if grads[0] is None or grads[1] is None:",
         ("tests/test_ops_rope.py::test_one_of_both_gradients",),
     ),
+    Fault(
+        "rope: the last block of each head is left out",
+        ROPE,
+        "p.by_heads ? blocks : part + 1",
+        "p.by_heads ? blocks - 1 : part + 1",
+        ("tests/test_ops_sweep.py::test_sweep_everywhere[rope-wide_blocks-{isa}]",),
+    ),
+    Fault(
+        "rope: tables narrower than a head are taken for those of a part",
+        f"{OPS}rope.py",
+        "if rotary_dim is None and cos.shape[-1] != query.shape[-1]:",
+        "if False:",
+        ("tests/test_ops_invalid.py::test_invalid_call[rope-cos_narrow]",),
+    ),
+    Fault(
+        "cache: memory in use is handed out again",
+        "csrc/cpu/cache.cpp",
+        "        waiting_.erase(best);\n",
+        "",
+        ("tests/test_memory_cache.py::test_not_handed_out_while_referenced",),
+    ),
+    Fault(
+        "cache: what waits has no limit",
+        "csrc/cpu/cache.cpp",
+        "drop_above(limit.load(), dropped);",
+        "drop_above(int64_t{1} << 40, dropped);",
+        ("tests/test_memory_cache.py::test_limit_holds_and_the_longest_unused_go_first",),
+    ),
 ]

@@ -1,6 +1,4 @@
-// Rotary position embedding. A block of positions is rotated for all heads of query and key: what
-// the tables hold for it is read once and stays in cache. Memory is what it takes; each row is read
-// once and written once.
+// Rotary position embedding. Memory is what it takes; each row is read once and written once.
 #pragma once
 #include "cpu/simd/pair.h"
 #include "params/rope.h"
@@ -111,7 +109,7 @@ FASTNN_INLINE void keep_rest(const T* x, T* y, int64_t n, bool stream) {
 
 template <class T>
 void rope_rows(const RopeParams& p, const RopeOperand& o, int64_t b, int64_t begin, int64_t end,
-               const RopeAngles* angles) {
+               int64_t head_begin, int64_t head_end, const RopeAngles* angles) {
   const T* const from = static_cast<const T*>(o.x) + b * o.x_batch_stride;
   T* const to = static_cast<T*>(o.y) + b * o.y_batch_stride;
   const auto row = [&](int64_t head, int64_t s) __attribute__((always_inline)) {
@@ -125,28 +123,48 @@ void rope_rows(const RopeParams& p, const RopeOperand& o, int64_t b, int64_t beg
     if (p.rotary < p.D) keep_rest(x + p.rotary, y + p.rotary, p.D - p.rotary, o.stream);
   };
   // As the rows lie in memory: head by head, or position by position.
-  const bool by_heads = o.x_head_stride >= o.x_row_stride;
-  const int64_t positions = end - begin, outer = by_heads ? o.heads : positions,
-                inner = by_heads ? positions : o.heads;
-  for (int64_t i = 0; i < outer; ++i) {
-    for (int64_t j = 0; j < inner; ++j) row(by_heads ? i : j, begin + (by_heads ? j : i));
+  if (o.x_head_stride >= o.x_row_stride) {
+    for (int64_t head = head_begin; head < head_end; ++head) {
+      for (int64_t s = begin; s < end; ++s) row(head, s);
+    }
+  } else {
+    for (int64_t s = begin; s < end; ++s) {
+      for (int64_t head = head_begin; head < head_end; ++head) row(head, s);
+    }
+  }
+}
+
+// Positions [begin, end), at most kRopePositions, of some heads of query and key in that order.
+FASTNN_INLINE void rope_block(const RopeParams& p, int64_t b, int64_t begin, int64_t end,
+                              int64_t head_begin, int64_t head_end, float* scratch) {
+  RopeAngles angles[kRopePositions];
+  for (int64_t s = begin; s < end; ++s) {
+    angles[s - begin] = angles_of(p, b, s, scratch + (s - begin) * 2 * p.rotary);
+  }
+  int64_t before = 0;
+  for (int32_t i = 0; i < p.count; ++i) {
+    const RopeOperand& o = p.operands[i];
+    const int64_t first = head_begin > before ? head_begin - before : 0;
+    const int64_t last = head_end - before < o.heads ? head_end - before : o.heads;
+    before += o.heads;
+    if (first >= last) continue;
+    with_type(p.dtype, [&](auto type) {
+      rope_rows<decltype(type)>(p, o, b, begin, end, first, last, angles);
+    });
   }
 }
 
 void rope(const RopeParams& p, int64_t begin, int64_t end, float* scratch) {
-  const int64_t blocks = (p.S + kRopePositions - 1) / kRopePositions;
+  const int64_t blocks = (p.S + kRopePositions - 1) / kRopePositions, heads = rope_heads(p);
+  const int64_t parts = p.by_heads ? heads : blocks;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = item / blocks, first = item % blocks * kRopePositions;
-    const int64_t last = first + kRopePositions < p.S ? first + kRopePositions : p.S;
-    RopeAngles angles[kRopePositions];
-    for (int64_t s = first; s < last; ++s) {
-      angles[s - first] = angles_of(p, b, s, scratch + (s - first) * 2 * p.rotary);
+    const int64_t b = item / parts, part = item % parts;
+    const int64_t first_block = p.by_heads ? 0 : part, last_block = p.by_heads ? blocks : part + 1;
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t first = block * kRopePositions;
+      const int64_t last = first + kRopePositions < p.S ? first + kRopePositions : p.S;
+      rope_block(p, b, first, last, p.by_heads ? part : 0, p.by_heads ? part + 1 : heads, scratch);
     }
-    with_type(p.dtype, [&](auto type) {
-      for (int32_t i = 0; i < p.count; ++i) {
-        rope_rows<decltype(type)>(p, p.operands[i], b, first, last, angles);
-      }
-    });
   }
   if (p.operands[0].stream || p.operands[p.count - 1].stream) stream_fence();
 }
