@@ -23,6 +23,7 @@ from .ops import (
     linear_int8,
     log_softmax,
     masked_softmax,
+    mlp,
     reglu,
     relu,
     relu2,
@@ -34,6 +35,7 @@ from .ops import (
     silu,
     softmax,
     swiglu,
+    swiglu_mlp,
     tanh,
 )
 
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "log_softmax",
     "masked_softmax",
+    "mlp",
     "nn",
     "ops",
     "quantize_",
@@ -81,6 +84,7 @@ __all__ = [
     "silu",
     "softmax",
     "swiglu",
+    "swiglu_mlp",
     "tanh",
     "use_backend",
 ]

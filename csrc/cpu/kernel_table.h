@@ -9,6 +9,7 @@
 #include "params/limits.h"
 #include "params/linear.h"
 #include "params/masked_softmax.h"
+#include "params/mlp.h"
 #include "params/norm.h"
 #include "params/rope.h"
 #include "params/softmax.h"
@@ -85,6 +86,10 @@ struct KernelTable {
 
   // dz of rows [begin, end) where dz is not null, and their column sums where sums is not null.
   void (*linear_slope)(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz, float* sums);
+
+  // Rows [begin, end) of the middle of a feed-forward block; its gradient's columns' sums are added
+  // to sums, where not null.
+  void (*mlp_middle)(const MlpMiddle& p, int64_t begin, int64_t end, float* sums);
 
   // Codes of rows [begin, end), their bits flipped by `flip`, rows code_stride bytes apart, and the
   // rows' scales; strips [s0, s1) of a weight's codes (N x K bytes) and, for each of their columns,

@@ -15,11 +15,12 @@ from torch.fx import Node
 from torch.nn import Module
 
 from ..nn import LayerNorm, Linear, RMSNorm
+from ..nn.hooks import hooked, is_unchanged
 from ..ops.linear import ACTIVATIONS, linear_maybe_packed
 from ..ops.norm import add_layer_norm, add_rms_norm
 from . import activations
 from .purity import ABSENT, Guard
-from .trace import Trace, containers, hooked, trace
+from .trace import Trace, containers, trace
 
 LINEAR = (torch.nn.Linear, Linear)
 """The exact classes whose calls are fused with an activation."""
@@ -155,16 +156,11 @@ def _are_rows(input: Any, residual: Any, row: Any) -> bool:
 
 def linear_act(linear: Module, act: Module | None, activation: str, input: Tensor) -> Tensor:
     """`act(linear(input))` in one kernel, as long as both layers are still what they were and have no hooks."""
-    if isinstance(linear, Linear) and _is_plain(linear) and (act is None or not hooked(act)):
+    if isinstance(linear, Linear) and is_unchanged(linear, Linear) and (act is None or not hooked(act)):
         weight = linear.weight
         packed = None if linear.packed is None else linear.packed.get(weight, linear.training)
         return linear_maybe_packed(input, weight, linear.bias, activation, packed)
     return (ACTIVATIONS[activation] if act is None else act)(linear(input))
-
-
-def _is_plain(linear: Linear) -> bool:
-    unchanged = type(linear) is Linear and linear.activation is None and "forward" not in vars(linear)
-    return unchanged and not hooked(linear)
 
 
 @dataclass(frozen=True)
