@@ -270,9 +270,7 @@ def swiglu_mlp(
     return mlp_maybe_packed("swiglu_mlp", operands, activation, recompute, None)
 
 
-def mlp_maybe_packed(
-    name: str, operands: Operands, activation: str, recompute: bool, packed: Packed | None
-) -> Tensor:
+def mlp_maybe_packed(name: str, operands: Operands, activation: str, recompute: bool, packed: Packed | None) -> Tensor:
     """The block, reading its weights from `packed` when no gradient is wanted; `name` is what errors call it."""
     if isinstance(operands.input, Tensor) and autocast.active(operands.input):
         dtype = torch.get_autocast_dtype(operands.input.device.type)
