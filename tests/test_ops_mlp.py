@@ -58,24 +58,22 @@ def test_keeps_its_middle_once_or_not_at_all(gated, dtype, extension):
 
 
 LONG = """
-import resource, sys, warnings
+import sys, warnings
 warnings.simplefilter("ignore")
 import torch, fastnn
+from fastnn.bench.worker import extra_memory
 torch.set_num_threads(2)
 gated, recompute = (word == "True" for word in sys.argv[1:])
 def step(rows):
-    x, first, up, last = (torch.randn(*s, requires_grad=True) for s in ((rows, 64), (8192, 64), (8192, 64), (64, 8192)))
+    shapes = ((rows, 64), (8192, 64), (8192, 64), (64, 8192))
+    x, first, up, last = (torch.randn(shape, requires_grad=True) for shape in shapes)
     if gated:
         y = fastnn.swiglu_mlp(x, first, up, last, recompute=recompute)
     else:
         y = fastnn.mlp(x, first, None, last, None, recompute=recompute)
     y.sum().backward()
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 step(16)
-before = peak()
-step(4096)
-print(peak() - before)
+print(extra_memory(lambda: step(4096)))
 """
 
 
@@ -87,10 +85,12 @@ def test_recompute_never_holds_the_middle(gated, extension):
         words = [str(gated), str(recompute)]
         done = subprocess.run([sys.executable, "-c", LONG, *words], capture_output=True, text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-2000:]
+        if done.stdout.strip() == "None":
+            pytest.skip("this system does not tell how far a process grew")
         found[recompute] = int(done.stdout)
     middle = 4096 * 8192 * 4
     assert found[True] < 90e6
-    assert found[False] > middle
+    assert found[False] > middle * (2 if gated else 1)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -11,9 +11,10 @@ from torch import Tensor
 from .. import _dispatch, _extension
 from .._record import note_reference
 from . import autocast
-from . import linear as _linear
 from .activation import ACTIVATION_CODE, ACTIVATIONS, _glu
 from .autocast import cast
+from .linear import ACTIVATIONS as LINEAR_ACTIVATIONS
+from .linear import linear
 
 MlpActivation = Literal["relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "relu2", "hardswish"]
 
@@ -309,9 +310,9 @@ def _composed(operands: Operands, activation: str) -> Tensor:
     """The block of the ops that it is made of: GPUs have kernels of those."""
     input, w_in, b_in, w_factor, w_out, b_out = operands
     if w_factor is not None:
-        hidden = _glu("swiglu_mlp", activation, _linear.linear(input, w_in), _linear.linear(input, w_factor))
-    elif activation in _linear.ACTIVATIONS:
-        hidden = _linear.linear(input, w_in, b_in, activation=activation)  # type: ignore[arg-type]
+        hidden = _glu("swiglu_mlp", activation, linear(input, w_in), linear(input, w_factor))
+    elif activation in LINEAR_ACTIVATIONS:
+        hidden = linear(input, w_in, b_in, activation=activation)  # type: ignore[arg-type]
     else:
-        hidden = ACTIVATIONS[activation](_linear.linear(input, w_in, b_in))
-    return _linear.linear(hidden, w_out, b_out)
+        hidden = ACTIVATIONS[activation](linear(input, w_in, b_in))
+    return linear(hidden, w_out, b_out)

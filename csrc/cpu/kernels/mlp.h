@@ -1,7 +1,8 @@
 // What backward of a feed-forward block does between its products (cpu/mlp.cpp): from z and f,
 // saved or computed again, the hidden values and the gradients, in one pass.
 #pragma once
-#include "cpu/kernels/activation.h"
+#include "cpu/simd/activation.h"
+#include "cpu/simd/pair.h"
 #include "params/mlp.h"
 
 namespace fastnn {
