@@ -21,10 +21,10 @@ def accelerate(model: Module, *, example_inputs: Any = None, freeze: bool = Fals
 
     The model stays the same object with the same parameters, buffers, `state_dict` keys, ties and hooks; only the
     classes of some of its modules change, to subclasses of what they were. `torch.nn.Linear`, `Softmax`, `LogSoftmax`,
-    `LayerNorm` and `RMSNorm` become fastnn's; subclasses of them are left alone. A linear layer and the activation that
-    alone uses its result, or a sum and the norm that alone uses it, run as one kernel where torch.fx can trace the
-    smallest module whose forward calls both, and neither has hooks; a call that the trace does not cover runs the
-    original forward.
+    `LayerNorm` and `RMSNorm`, and transformers' `Conv1D`, become fastnn's; subclasses of them are left alone. A linear
+    layer and the activation that alone uses its result, a gated feed-forward block, or a sum and the norm that alone
+    uses it, run as one op where torch.fx can trace the smallest module whose forward calls all of it, and none has
+    hooks; a call that the trace does not cover runs the original forward.
 
     Args:
         model: any module, float32, bfloat16 or float16 (what has another type or device is left alone, and reported).
