@@ -41,9 +41,9 @@ _HEAD = 64
 _SWEEP: tuple[Shape, ...] = tuple(
     (m, *sizes)
     for sizes in ((64, 256), (100, 391), (256, 1024), (509, 1021), (768, 2048), (1024, 2816), (768, 3072), (2048, 5632))
-    for m in (1, 5, 16, 61, 128, 509, 1024)
+    for m in (2, 5, 16, 61, 127, 509, 1024)
 )
-"""From a token to a batch, with the widths of transformers and primes."""
+"""From two tokens to a batch, with the widths of transformers and primes."""
 
 _ONNX: dict[str, tuple[Node, ...]] = {
     "mlp": (
