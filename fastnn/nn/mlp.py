@@ -213,7 +213,9 @@ class QKVLinear(Linear):
 
     def forward(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Input (*, embed_dim); views (*, num_heads, head_dim) and twice (*, num_kv_heads, head_dim) of one result."""
-        all_heads = super().forward(input).unflatten(-1, (-1, self.head_dim))
+        features = super().forward(input)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        all_heads = features.reshape(*features.shape[:-1], heads, self.head_dim)
         query, key, value = all_heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), -2)
         return query, key, value
 

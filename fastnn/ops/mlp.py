@@ -134,7 +134,7 @@ class MlpFunction(torch.autograd.Function):
         output, z, factor = fwd(*operands, ACTIVATION_CODE[activation], save, True)
         ctx.save_for_backward(*operands, z, factor)
         ctx.activation, ctx.backend = activation, backend
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -178,7 +178,8 @@ def _matrix_cases() -> Iterator[Case]:
     yield from _each("stride_0", "expanded", packed=True)
     yield from _each("unaligned", "offset", lead=(9,), features=17, hidden=19, packed=True)
     for size in ("features", "hidden", "out"):
-        yield from _each(f"no_{size}", "empty", packed=True, **{size: 0})
+        sizes: dict[str, Any] = {size: 0}
+        yield from _each(f"no_{size}", "empty", packed=True, **sizes)
     yield from _each("no_rows", "empty", lead=(3, 0), packed=True)
     for m, k, hidden, n in ((1, 1, 1, 1), (3, 17, 33, 3), (7, 47, 17, 65), (9, 49, 50, 35)):
         yield from _each(f"{m}x{k}x{hidden}x{n}", "tail", lead=(m,), features=k, hidden=hidden, out=n, packed=True)
