@@ -216,7 +216,7 @@ class QKVLinear(Linear):
         features = super().forward(input)
         heads = self.num_heads + 2 * self.num_kv_heads
         all_heads = features.reshape(*features.shape[:-1], heads, self.head_dim)
-        query, key, value = all_heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), -2)
+        query, key, value = torch.split(all_heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], -2)
         return query, key, value
 
     def extra_repr(self) -> str:
