@@ -23,6 +23,7 @@ from .ops import (
     linear_int8,
     log_softmax,
     masked_softmax,
+    mlp,
     reglu,
     relu,
     relu2,
@@ -34,6 +35,7 @@ from .ops import (
     silu,
     softmax,
     swiglu,
+    swiglu_mlp,
     tanh,
 )
 
@@ -66,6 +68,7 @@ __all__ = [
     "log_softmax",
     "masked_softmax",
     "memory",
+    "mlp",
     "nn",
     "ops",
     "quantize_",
@@ -82,6 +85,7 @@ __all__ = [
     "silu",
     "softmax",
     "swiglu",
+    "swiglu_mlp",
     "tanh",
     "use_backend",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import runpy
 from pathlib import Path
 
@@ -20,6 +21,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=100)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=100, n_positions=300, bos_token_id=None, eos_token_id=None)
 DISTIL = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=100)
 # name -> (model class, configuration, linear layers that are fused with their activation)
 TINY = {
@@ -28,6 +30,12 @@ TINY = {
     "bert eager attention": ("BertModel", transformers.BertConfig(**SIZES, attn_implementation="eager"), 3),
     "distilbert": ("DistilBertModel", transformers.DistilBertConfig(**DISTIL), 2),
     "llama": ("LlamaForCausalLM", transformers.LlamaConfig(**SIZES, num_key_value_heads=2), 2),
+    "llama with biases": (
+        "LlamaForCausalLM",
+        transformers.LlamaConfig(**SIZES, num_key_value_heads=2, mlp_bias=True),
+        2,
+    ),
+    "gpt2": ("GPT2Model", transformers.GPT2Config(**GPT2), 2),
 }
 
 
@@ -53,6 +61,47 @@ def test_tiny_transformers(name, training):
             torch.testing.assert_close(copy.deepcopy(model)(**batch)[0], ours.detach(), rtol=1e-4, atol=1e-5)
     report.restore()
     assert [type(m) for m in model.modules()] == classes
+
+
+def kernels_of(model, tokens):
+    with torch.no_grad(), fastnn.record() as runs:
+        model(**tokens)
+    return [run.kernel for run in runs]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_llamas_feed_forward_block_is_one_op(freeze):
+    model = transformers.LlamaForCausalLM(TINY["llama"][1]).eval()
+    tokens = {"input_ids": torch.randint(0, 100, (2, 7))}
+    report = fastnn.accelerate(model, example_inputs=tokens, freeze=freeze)
+    kernel = "mlp_packed_fwd" if freeze else "mlp_fwd"
+    assert kernels_of(model, tokens).count(kernel) == 2
+    parts = [e for e in report.entries if ".mlp." in e.name]
+    assert len(parts) == 8 and {e.kernel for e in parts} == {kernel}
+    assert {e.reason for e in parts if "up_proj" in e.name or "down_proj" in e.name} == {"in one op with gate_proj"}
+    block = model.model.layers[0].mlp
+    seen = []
+    handle = block.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    assert kernels_of(model, tokens).count(kernel) == 1 and seen
+    handle.remove()
+    assert kernels_of(model, tokens).count(kernel) == 2
+
+
+def test_conv1d_leaves_few_rows_to_torch_unless_frozen():
+    model = transformers.GPT2Model(TINY["gpt2"][1]).eval()
+    few, many = ({"input_ids": torch.randint(0, 100, (1, n))} for n in (7, 200))
+    with fastnn.accelerate(model, example_inputs=few) as report:
+        assert report.verified and report.accelerated[2].became == "fastnn.Conv1D"
+        assert "linear_fwd" not in kernels_of(model, few)
+        assert kernels_of(model, many).count("linear_fwd") == 8
+        again = pickle.loads(pickle.dumps(model))
+        assert kernels_of(again, many).count("linear_fwd") == 8
+    with fastnn.accelerate(model, example_inputs=few, freeze=True) as report:
+        assert report.verified and report.packed_bytes > 0
+        assert kernels_of(model, few).count("linear_packed_fwd") == 8
+        model.h[0].mlp.c_fc.weight.data = 2 * model.h[0].mlp.c_fc.weight.data
+        ours = model(**few)[0]
+    assert torch.allclose(model(**few)[0], ours, rtol=1e-4, atol=1e-5)
 
 
 def test_bert_reports_every_layer():

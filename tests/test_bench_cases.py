@@ -94,6 +94,9 @@ rope_fwd/fp32 | 1, 32, 2048, 128 | 17.0 | 4.2
 rope_fwd/bf16 | 1, 32, 2048, 128 | 7.1 |
 """
 
+BEYOND = ("mlp",)
+"""Families that the page has no rows of."""
+
 
 def test_every_row_of_the_page_is_there_with_its_bars():
     for line in PAGE.strip().splitlines():
@@ -102,7 +105,7 @@ def test_every_row_of_the_page_is_there_with_its_bars():
         bars = [way.bar for way in case.ours if way.bar.plain is not None]
         assert [(bar.plain, bar.tuned) for bar in bars] == [(float(plain), float(tuned) if tuned else None)]
         assert bars[0].holder in CONTENDERS
-    assert len(PUBLIC) == len(PAGE.strip().splitlines())
+    assert len([case for case in PUBLIC if case.family not in BEYOND]) == len(PAGE.strip().splitlines())
 
 
 @pytest.mark.parametrize("family", families())

@@ -20,12 +20,14 @@ from fastnn import (
     linear,
     log_softmax,
     masked_softmax,
+    mlp,
     relu2,
     rms_norm,
     rope,
     scaled_dot_product_attention,
     softmax,
     swiglu,
+    swiglu_mlp,
 )
 from fastnn.ops.linear import ACTIVATIONS
 from fastnn.testing import assert_within_budget, policy, same_bits
@@ -80,6 +82,9 @@ FUNCTIONS = {
     "add_rms_norm": lambda x, w, b: add_rms_norm(x, 2 * x, w[0], 0.1)[0],
     "gelu_bias": lambda x, w, b: gelu(x, bias=w[0]),
     "relu2": lambda x, w, b: relu2(x),
+    "mlp": lambda x, w, b: mlp(x, w, b, w.t(), None, "gelu_tanh"),
+    "mlp_recomputed": lambda x, w, b: mlp(x, w, b, w.t(), None, "silu", recompute=True),
+    "swiglu_mlp": lambda x, w, b: swiglu_mlp(x, w, 2 * w, w.t()),
     "swiglu": lambda x, w, b: swiglu(x, 2 * x),
     "swiglu_packed": lambda x, w, b: swiglu(x),
     "softmax": lambda x, w, b: softmax(x, -1),

@@ -36,6 +36,7 @@ def functions():
     yield from norms()
     yield from glus()
     yield from ropes()
+    yield from blocks()
     r = tensor(5, seed=7)
     yield pytest.param(lambda x: fastnn.dropout_add(x, r.expand_as(x), 0.3, False), lambda x: x + r, id="dropout_add")
     hidden = torch.arange(5) != 2
@@ -74,6 +75,20 @@ def glus():
     yield pytest.param(lambda x: fastnn.swiglu(x, up.expand_as(x)), lambda x: F.silu(x) * up.expand_as(x), id="swiglu")
     yield pytest.param(
         lambda x: fastnn.geglu(torch.cat((x, 2 * x), -1)), lambda x: F.gelu(x) * 2 * x, id="geglu_packed"
+    )
+
+
+def blocks():
+    w, b, up = tensor(4, 5, seed=1), tensor(4, seed=2), tensor(4, 5, seed=3)
+    yield pytest.param(
+        lambda x: fastnn.mlp(x, w, b, w.t(), None, "gelu", recompute=True),
+        lambda x: F.linear(F.gelu(F.linear(x, w, b)), w.t()),
+        id="mlp",
+    )
+    yield pytest.param(
+        lambda x: fastnn.swiglu_mlp(x, w, up, w.t()),
+        lambda x: F.linear(F.silu(F.linear(x, w)) * F.linear(x, up), w.t()),
+        id="swiglu_mlp",
     )
 
 
@@ -237,6 +252,7 @@ def test_layer_under_functional_call(frozen):
         ("rope", "halves_rows", "query"),
         ("dropout_add", "rows_0.3", "input"),
         ("masked_softmax", "rows_bool", "input"),
+        ("mlp", "gated_silu", "input"),
     ],
 )
 def test_forced_kernel_refuses_in_words(op, name, argument, extension):

@@ -17,6 +17,7 @@ OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
 PUBLIC = {
     "activation": ("gelu", "swiglu"),
     "attention": ("scaled_dot_product_attention",),
+    "mlp": ("mlp", "swiglu_mlp"),
     "norm": ("add_layer_norm",),
 }
 # Gradients that plain PyTorch computes (tests/test_ops_<op>.py), and tensors that have none.

@@ -78,6 +78,8 @@ def test_double_backward(op, name):
         ("activation", "gelu_pair_rows"),
         ("activation", "silu_packed_rows"),
         ("masked_softmax", "rows_bool"),
+        ("mlp", "plain_gelu"),
+        ("mlp", "gated_silu"),
         ("rope", "halves_rows"),
         ("dropout_add", "rows_0.3"),
         ("rope", "neighbours_float32_tables"),

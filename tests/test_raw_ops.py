@@ -34,6 +34,9 @@ RAW = (
     "linear_packed_fwd",
     "masked_softmax_bwd",
     "masked_softmax_fwd",
+    "mlp_bwd",
+    "mlp_fwd",
+    "mlp_packed_fwd",
     "norm_bwd",
     "norm_fwd",
     "rope_bwd",
@@ -84,6 +87,7 @@ def samples(dtype=torch.float32):
     yield from rope_samples(dtype)
     yield from dropout_add_samples(x, deep, strided)
     yield from masked_softmax_samples(x, deep, strided)
+    yield from mlp_samples(x, deep, strided, w)
 
 
 def int8_samples(x, deep, strided, bias):
@@ -169,6 +173,22 @@ def masked_softmax_samples(x, deep, strided):
     yield "masked_softmax_fwd", (x[0], None, 1.0, False)
     yield "masked_softmax_bwd", (strided, torch.softmax(x, 1), 0.3)
     yield "masked_softmax_bwd", (deep.mT, torch.softmax(deep, 1).mT, 0.3)
+
+
+def mlp_samples(x, deep, strided, w):
+    back, b_in, b_out, factor = w.t()[:5], w[:, 0], x[:, 0], w.flip(0)
+    every = [True, True, True, False, True, True]
+    for values in (x, deep, strided):
+        z, grad = values[..., :7].contiguous(), values[..., 1:6].contiguous()
+        for save in (False, True):
+            yield "mlp_fwd", (values, w, b_in, None, back, b_out, 2, save)
+            yield "mlp_fwd", (values, w, None, factor, back, None, 4, save)
+        yield "mlp_bwd", (grad, values, w, b_in, None, back, None, None, 2, every)
+        yield "mlp_bwd", (grad, values, w, None, factor, back, z, z + 1, 4, [True, False, False, True, False, False])
+        with torch.no_grad():
+            packed = [torch.ops.fastnn.linear_pack(t) for t in (w, factor, back)]
+        yield "mlp_packed_fwd", (values, packed[0], b_in, None, packed[2], b_out, 7, 5, 2)
+        yield "mlp_packed_fwd", (values, packed[0], None, packed[1], packed[2], None, 7, 5, 4)
 
 
 def dropout_add_samples(x, deep, strided):

@@ -1,7 +1,7 @@
 // torch.ops.fastnn.linear_fwd / linear_bwd / linear_pack / linear_packed_fwd.
 #include "cpu/linear.h"
 
-#include "bindings/tensor.h"
+#include "bindings/linear.h"
 #include "cuda/linear.h"
 
 // Absent where the build has no CUDA kernels.
@@ -12,8 +12,6 @@
 
 namespace fastnn {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // The launchers, told what torch allows (device.h).
 const CudaKernel<LinearParams> cuda_fwd = {
@@ -31,35 +29,6 @@ Activation checked_activation(int64_t code, const char* op) {
   FASTNN_CHECK(code >= 0 && code < kLinearActivationCount, ValueError, "fastnn::", op,
                ": activation must be a code in [0, ", kLinearActivationCount - 1, "], got ", code);
   return static_cast<Activation>(code);
-}
-
-void check_same_dtype(DType got, DType wanted, const char* op, const char* argument) {
-  FASTNN_CHECK(got == wanted, TypeError, "fastnn::", op, ": ", argument,
-               " must have the input's type ", dtype_name(scalar_type(wanted)), ", got ",
-               dtype_name(scalar_type(got)));
-}
-
-// A 2-d weight as a matrix with positive or zero strides; sizes of one get the stride that lets it
-// be read in place.
-Matrix weight_matrix(const Tensor& w, DType dtype) {
-  return {w.const_data_ptr(), w.size(0) == 1 ? w.size(1) : w.stride(0),
-          w.size(1) == 1 ? 1 : w.stride(1), dtype};
-}
-
-void check_weight(const Tensor& weight, const char* op) {
-  FASTNN_CHECK(weight.dim() == 2, ValueError, "fastnn::", op,
-               ": weight must be (out_features, in_features), got shape ", shape_of(weight));
-}
-
-std::vector<int64_t> output_sizes(std::vector<int64_t> input_sizes, int64_t out_features) {
-  input_sizes.back() = out_features;
-  return input_sizes;
-}
-
-void check_input(const Tensor& input, int64_t in_features, const char* op) {
-  FASTNN_CHECK(input.dim() >= 1 && input.size(input.dim() - 1) == in_features, ValueError,
-               "fastnn::", op, ": input's last dimension must be in_features = ", in_features,
-               ", got shape ", shape_of(input));
 }
 
 void set_bias(LinearParams& p, const OptionalTensor& bias, const char* op) {

@@ -20,6 +20,7 @@ struct GemmParams;
 struct LinearBwdParams;
 struct MaskedSoftmaxParams;
 struct Matrix;
+struct MlpMiddle;
 struct NormBwdParams;
 struct NormParams;
 struct RopeParams;
@@ -110,6 +111,12 @@ struct MaskedSoftmaxKernels {
   void (*masked_softmax_fwd)(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* kept);
 };
 
+struct MlpKernels {
+  // Rows [begin, end) of the middle of a feed-forward block; its gradient's columns' sums are added
+  // to sums, where not null.
+  void (*mlp_middle)(const MlpMiddle& p, int64_t begin, int64_t end, float* sums);
+};
+
 struct NormKernels {
   // Rows [begin, end); weight and bias as neighbouring float32. The rows' sums for the gradients of
   // weight and bias go to dw and db, where not null.
@@ -152,6 +159,7 @@ struct VectorMathKernels {
   PART(Linear, linear, isa)                \
   PART(LinearInt8, linear_int8, isa)       \
   PART(MaskedSoftmax, masked_softmax, isa) \
+  PART(Mlp, mlp, isa)                      \
   PART(Norm, norm, isa)                    \
   PART(Rope, rope, isa)                    \
   PART(Softmax, softmax, isa)              \
@@ -166,6 +174,7 @@ struct KernelTable : ActivationKernels,
                      LinearKernels,
                      LinearInt8Kernels,
                      MaskedSoftmaxKernels,
+                     MlpKernels,
                      NormKernels,
                      RopeKernels,
                      SoftmaxKernels,

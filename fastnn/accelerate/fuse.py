@@ -1,5 +1,5 @@
-"""Finding and fusing what one kernel can run, in the forward that calls both: a linear layer and the activation that
-alone uses its result, a sum and the norm that alone uses it."""
+"""Finding and fusing what one op can run, in the forward that calls all of it: a linear layer and the activation that
+alone uses its result, a gated feed-forward block, a sum and the norm that alone uses it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,29 @@ from torch.fx import Node
 from torch.nn import Module
 
 from ..nn import LayerNorm, Linear, RMSNorm
+from ..nn.hooks import hooked, is_unchanged
+from ..nn.mlp import packed_of
 from ..ops.linear import ACTIVATIONS, linear_maybe_packed
+from ..ops.mlp import Operands, mlp_maybe_packed
 from ..ops.norm import add_layer_norm, add_rms_norm
 from . import activations
+from .conv1d import _Conv1D, is_conv1d
 from .purity import ABSENT, Guard
-from .trace import Trace, containers, hooked, trace
+from .trace import Trace, containers, trace
 
 LINEAR = (torch.nn.Linear, Linear)
-"""The exact classes whose calls are fused with an activation."""
+"""The exact classes whose calls are fused with an activation, beside transformers' Conv1D."""
 
 NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, LayerNorm, RMSNorm)
 """The exact classes whose calls are fused with the sum before them."""
 
 _SUMS = (operator.add, torch.add)
+_PRODUCTS = (operator.mul, torch.mul)
+
+
+def is_linear(layer: Module) -> bool:
+    """Whether calls of the layer are fused with an activation."""
+    return type(layer) in LINEAR or is_conv1d(layer)
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,19 @@ class Pair:
     """The activation as the code has it."""
     call: Node
     """The layer's call in the graph."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A feed-forward block `down(act(gate(x)) * up(x))`, each result of which has no other user."""
+
+    pair: Pair
+    """The gate and its activation."""
+    up: str
+    down: str
+    """Paths of the other layers."""
+    nodes: tuple[Node, ...]
+    """The calls that the block stands for, the last first."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +88,8 @@ class Reading:
     """Why the forward could not be read; empty where it was."""
     pairs: list[Pair] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
+    gated: list[Gated] = field(default_factory=list)
+    """Blocks whose gates are among the pairs."""
     notes: list[tuple[str, str | None, str]] = field(default_factory=list)
     """(path of a linear layer, path of the activation module that follows, why this call is not fused)."""
 
@@ -76,7 +101,7 @@ def read(module: Module, training: bool) -> Reading:
     for node in traced.graph.nodes if traced else ():
         if _is_norm_of_sum(module, node):
             found.sums.append(Sum(node.target, node))
-        if node.op == "call_module" and type(layer := module.get_submodule(node.target)) in LINEAR:
+        if node.op == "call_module" and is_linear(layer := module.get_submodule(node.target)):
             matches = [match for user in node.users if (match := _activation(module, user, node))]
             if not matches:
                 found.notes.append((node.target, None, "no activation follows"))
@@ -87,7 +112,34 @@ def read(module: Module, training: bool) -> Reading:
                 found.notes.append((node.target, pair.act, f"{pair.written} follows, but {note}"))
             else:
                 found.pairs.append(pair)
+                if block := _gated(module, pair):
+                    found.gated.append(block)
     return found
+
+
+def _gated(module: Module, pair: Pair) -> Gated | None:
+    (act,) = pair.call.users
+    product = _only_user(act)
+    down = product and _only_user(product)
+    if product is None or down is None or product.target not in _PRODUCTS or product.kwargs:
+        return None
+    if len(product.args) != 2 or not all(isinstance(factor, Node) for factor in product.args):
+        return None
+    up = product.args[1] if product.args[0] is act else product.args[0]
+    (input,) = pair.call.all_input_nodes
+    if not isinstance(up, Node) or up is act or up.all_input_nodes != [input] or down.all_input_nodes != [product]:
+        return None
+    for node in (up, down):
+        if node.op != "call_module" or len(node.args) + len(node.kwargs) != 1 or (node is up and len(up.users) != 1):
+            return None
+        layer = module.get_submodule(str(node.target))
+        if type(layer) not in LINEAR or hooked(layer) or getattr(layer, "activation", None) is not None:
+            return None
+    return Gated(pair, str(up.target), str(down.target), (down, product, up, act, pair.call))
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _obstacle(module: Module, pair: Pair, layer: Module) -> str:
@@ -155,16 +207,27 @@ def _are_rows(input: Any, residual: Any, row: Any) -> bool:
 
 def linear_act(linear: Module, act: Module | None, activation: str, input: Tensor) -> Tensor:
     """`act(linear(input))` in one kernel, as long as both layers are still what they were and have no hooks."""
-    if isinstance(linear, Linear) and _is_plain(linear) and (act is None or not hooked(act)):
+    if isinstance(linear, Linear) and is_unchanged(linear, Linear) and (act is None or not hooked(act)):
         weight = linear.weight
         packed = None if linear.packed is None else linear.packed.get(weight, linear.training)
         return linear_maybe_packed(input, weight, linear.bias, activation, packed)
+    if isinstance(linear, _Conv1D) and is_unchanged(linear, type(linear)) and (act is None or not hooked(act)):
+        found = linear.run(input, activation)
+        if found is not None:
+            return found
     return (ACTIVATIONS[activation] if act is None else act)(linear(input))
 
 
-def _is_plain(linear: Linear) -> bool:
-    unchanged = type(linear) is Linear and linear.activation is None and "forward" not in vars(linear)
-    return unchanged and not hooked(linear)
+def gated_block(gate: Module, act: Module | None, activation: str, up: Module, down: Module, input: Tensor) -> Tensor:
+    """`down(act(gate(input)) * up(input))` in one op, as long as the layers are what they were and have no biases."""
+    if isinstance(gate, Linear) and isinstance(up, Linear) and isinstance(down, Linear):
+        plain = all(is_unchanged(layer, Linear) and layer.bias is None for layer in (gate, up, down))
+        if plain and (act is None or not hooked(act)):
+            packed = None if gate.packed is None else packed_of(gate, up, down)
+            operands = Operands(input, gate.weight, None, up.weight, down.weight, None)
+            return mlp_maybe_packed("swiglu_mlp", operands, activation, False, packed)
+    output: Tensor = down(linear_act(gate, act, activation, input) * up(input))
+    return output
 
 
 @dataclass(frozen=True)
@@ -215,8 +278,12 @@ def make_plan(module: Module, training: bool) -> Plan | None:
     if reading.traced is None or not (reading.pairs or reading.sums):
         return None
     graph, guards = reading.traced.graph, list(reading.traced.guards)
+    blocks = {id(block.pair): block for block in reading.gated}
     for pair in reading.pairs:
-        _rewrite(graph, pair)
+        if id(pair) in blocks:
+            _rewrite_gated(graph, blocks[id(pair)])
+        else:
+            _rewrite(graph, pair)
         if pair.act is not None:  # the likes of nn.GELU.approximate
             act = module.get_submodule(pair.act)
             guards += [
@@ -243,6 +310,18 @@ def _rewrite(graph: torch.fx.Graph, pair: Pair) -> None:
     user.replace_all_uses_with(fused)
     graph.erase_node(user)
     graph.erase_node(pair.call)
+
+
+def _rewrite_gated(graph: torch.fx.Graph, block: Gated) -> None:
+    down, pair = block.nodes[0], block.pair
+    (input,) = pair.call.all_input_nodes
+    with graph.inserting_before(down):
+        gate, up, last = (graph.get_attr(path) for path in (pair.linear, block.up, block.down))
+        act = None if pair.act is None else graph.get_attr(pair.act)
+        fused = graph.call_function(gated_block, (gate, act, pair.activation, up, last, input))
+    down.replace_all_uses_with(fused)
+    for node in block.nodes:
+        graph.erase_node(node)
 
 
 def _rewrite_sum(graph: torch.fx.Graph, found: Sum) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module
 
 from ..nn import Linear
+from .conv1d import _Conv1D
 from .fused import STATE
 from .isolate import check_model
 from .report import Entry, Patch, Report
@@ -20,10 +21,10 @@ def accelerate(model: Module, *, example_inputs: Any = None, freeze: bool = Fals
 
     The model stays the same object with the same parameters, buffers, `state_dict` keys, ties and hooks; only the
     classes of some of its modules change, to subclasses of what they were. `torch.nn.Linear`, `Softmax`, `LogSoftmax`,
-    `LayerNorm` and `RMSNorm` become fastnn's; subclasses of them are left alone. A linear layer and the activation that
-    alone uses its result, or a sum and the norm that alone uses it, run as one kernel where torch.fx can trace the
-    smallest module whose forward calls both, and neither has hooks; a call that the trace does not cover runs the
-    original forward.
+    `LayerNorm` and `RMSNorm`, and transformers' `Conv1D`, become fastnn's; subclasses of them are left alone. A linear
+    layer and the activation that alone uses its result, a gated feed-forward block, or a sum and the norm that alone
+    uses it, run as one op where torch.fx can trace the smallest module whose forward calls all of it, and none has
+    hooks; a call that the trace does not cover runs the original forward.
 
     Args:
         model: any module, float32, bfloat16 or float16 (what has another type or device is left alone, and reported).
@@ -110,9 +111,13 @@ def _pack(patches: list[Patch]) -> None:
     """Packs frozen weights now rather than at the first call."""
     for patch in patches:
         layer = patch.module
-        if patch.freeze and isinstance(layer, Linear) and layer.packed is not None and not layer.training:
-            with torch.no_grad():
+        if not patch.freeze or layer.training:
+            continue
+        with torch.no_grad():
+            if isinstance(layer, Linear) and layer.packed is not None:
                 layer.packed.get(layer.weight, layer.training)
+            elif isinstance(layer, _Conv1D):
+                layer.pack()
 
 
 def _entry(found: Finding, changes: _Changes) -> Entry:
@@ -125,13 +130,15 @@ def _entry(found: Finding, changes: _Changes) -> Entry:
     if found.feeder is not None:
         became, reason = f"in {_label(found.feeder.name)}", f"fused in {found.where}"
     else:
-        became = "fastnn.Linear" if found.op == "linear" else f"fastnn.{found.was}"
+        is_linear = found.op == "linear" and not isinstance(found.module, _Conv1D)
+        became = "fastnn.Linear" if is_linear else f"fastnn.{found.was}"
         became += f" + {found.activation or 'sum'}" if fused else ""
         reason = f"fused with {found.partner} in {found.where}" if fused else found.note
         if lost:
             reason = f"not fused: undone, {lost[0]}"
     activation = found.activation if fused and found.op else None
-    return Entry(found.name, found.was, became, _kernel(layer), reason, changes.verified or None, activation)
+    block = layer.block is not None and id(layer.block) not in changes.rejected
+    return Entry(found.name, found.was, became, _kernel(layer, block), reason, changes.verified or None, activation)
 
 
 def _label(name: str) -> str:
@@ -140,9 +147,9 @@ def _label(name: str) -> str:
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def _kernel(layer: Finding) -> str:
+def _kernel(layer: Finding, block: bool) -> str:
     if layer.backend == "reference":
         return "reference"
     held = layer.op == "linear" and vars(layer.module).get("packed") is not None and not layer.module.training
     packed = held and layer.backend == "cpu"
-    return f"{layer.op}{'_packed' if packed else ''}_fwd"
+    return f"{'mlp' if block else layer.op}{'_packed' if packed else ''}_fwd"

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ..nn import hooks
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
+_HERE = (os.path.dirname(__file__) + os.sep, hooks.__file__)
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 # What tracing itself runs, and Python functions that take a symbol as one operation.
 _TRANSPARENT = tuple(

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from .. import _dispatch, _extension
 from ..nn import CrossEntropyLoss, Int8Linear, LayerNorm, Linear, LogSoftmax, MultiheadAttention, RMSNorm, Softmax
 from . import activations, attention
-from .fuse import LINEAR, NORMS, Pair, Reading, read
+from .conv1d import is_conv1d, ours
+from .fuse import LINEAR, NORMS, Pair, Reading, is_linear, read
 from .fused import STATE, Fusion, fused_class, why_not_fused
 from .report import Patch
 from .trace import Fused, containers
@@ -58,6 +59,8 @@ class Finding:
     """Why nothing can be done."""
     note: str = ""
     """Of a linear layer: why it is not fused."""
+    block: Patch | None = None
+    """Of a linear layer in a feed-forward block that runs as one op: the change of the module that calls it."""
 
 
 @dataclass
@@ -94,7 +97,7 @@ def survey(model: Module, freeze: bool = False) -> Survey:
             findings[module] = found
     fusions = []
     for _, module in reversed(modules):  # inner ones first: a pair belongs to the smallest module that calls both
-        if _calls(module, (*LINEAR, *NORMS)):
+        if _calls(module, True):
             fusion = _look_for_pairs(module, findings)
             if fusion is not None:
                 fusions.append(fusion)
@@ -108,6 +111,8 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
     if isinstance(module, Int8Linear):
         backend, reason = backend_for("linear_int8", module.weight.device, sample.dtype)
         return Finding(name, module, was, "linear_int8", backend, reason=reason or "is fastnn's already")
+    if is_conv1d(module):
+        return _conv1d(Finding(name, module, was, "linear"), freeze)
     for theirs, (_, op) in _SWAPPED.items():
         if isinstance(module, theirs):
             return _swapped(Finding(name, module, was, op), sample)
@@ -150,6 +155,20 @@ def _linear(found: Finding, module: nn.Linear, freeze: bool) -> Finding:
     return found
 
 
+def _conv1d(found: Finding, freeze: bool) -> Finding:
+    module, weight = found.module, found.module.get_parameter("weight")
+    found.backend, found.reason = backend_for("linear", weight.device, weight.dtype)
+    already = type(module) is ours()
+    freeze = freeze and vars(module).get("packed") is None and weight.device.type == "cpu"
+    if "forward" in vars(module):
+        found.reason = "its forward was replaced on the instance"
+    elif not found.reason and (freeze or not already):
+        found.patch = Patch(module, ours(), {}, freeze)
+    elif not found.reason:
+        found.reason = "is fastnn's already"
+    return found
+
+
 def _swapped(found: Finding, sample: Tensor) -> Finding:
     module = found.module
     found.backend, found.reason = backend_for(found.op, sample.device, sample.dtype)
@@ -186,11 +205,11 @@ def _encoder_layer(found: Finding, layer: nn.TransformerEncoderLayer, sample: Te
     return found
 
 
-def _calls(module: Module, kinds: tuple[type[Module], ...]) -> bool:
-    """Whether the module has a forward, and reaches some layer of these classes through containers alone."""
+def _calls(module: Module, norms: bool = False) -> bool:
+    """Whether the module has a forward, and reaches a linear layer (or a norm) through containers alone."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict, *LINEAR)):
         return False
-    return any(type(child) in kinds for child in _reached(module))
+    return any(is_linear(child) or (norms and type(child) in NORMS) for child in _reached(module))
 
 
 def _reached(module: Module) -> Iterator[Module]:
@@ -207,7 +226,7 @@ def _look_for_pairs(parent: Module, findings: dict[Module, Finding]) -> Patch | 
         for found in filter(None, map(findings.get, _reached(parent))):
             if found.op == "linear":
                 found.note = found.note or f"{kind}: {reading.untraced}"
-            elif not found.op and found.activation and not found.fusion and _calls(parent, LINEAR):
+            elif not found.op and found.activation and not found.fusion and _calls(parent):
                 found.reason = f"{kind}: {reading.untraced}"
         return None
     for path, follower, note in reading.notes:
@@ -228,6 +247,12 @@ def _look_for_pairs(parent: Module, findings: dict[Module, Finding]) -> Patch | 
         patch = patch or Patch(parent, fused_class(type(parent)), {STATE: Fusion()})
         layer.fusion, layer.activation, layer.partner, layer.where = patch, pair.activation, pair.written, where
         act.fusion, act.feeder, act.partner, act.where = patch, layer, pair.linear, where
+    for block in reading.gated:
+        layers = [findings[parent.get_submodule(path)] for path in (block.pair.linear, block.up, block.down)]
+        if layers[0].fusion is not None and layers[0].fusion is patch and all(layer.backend for layer in layers):
+            for layer in layers:
+                layer.block = patch
+                layer.note = f"in one op with {block.pair.linear}"
     for norm in [] if obstacle else _norms_of_sums(parent, reading, findings):
         patch = patch or Patch(parent, fused_class(type(parent)), {STATE: Fusion()})
         norm.fusion, norm.partner, norm.where = patch, "the sum before it", where

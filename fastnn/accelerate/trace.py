@@ -14,22 +14,10 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import Module
-from torch.nn.modules import module as torch_module
 
+from ..nn.hooks import hooked
 from .isolate import Attempt, isolated
 from .purity import Guard, code_of, examine, is_library, names_of
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(vars(torch_module)["_global" + name] for name in _HOOKS)
-
-
-def hooked(module: Module) -> bool:
-    """Whether a call of the module runs anything beside its forward."""
-    state = vars(module)
-    for name in _HOOKS:
-        if state[name]:
-            return True
-    return any(_GLOBAL_HOOKS)
 
 
 class Fused:

@@ -50,6 +50,11 @@ def _rate(row: Row) -> str:
     return "" if row.gbps is None else f"{row.gbps:.1f} GB/s"
 
 
+def _memory(row: Row) -> str:
+    """How far the process grows during a call of ours, its result included."""
+    return "" if row.memory is None else f"{row.memory / 1e6:.3g} MB"
+
+
 def shape_text(shape: Sequence[int]) -> str:
     """`64 x 32000`."""
     return "x".join(map(str, shape))
@@ -68,6 +73,7 @@ _HEADS = (
     "bar",
     "of limit",
     "rate",
+    "memory",
 )
 
 
@@ -77,7 +83,7 @@ def cells(row: Row) -> list[str]:
     plain, tuned = row.plain, row.tuned
     found += [plain.name, _time(plain.times), ratio_text(plain.ratio), _bar(plain)] if plain else ["", "", "", ""]
     found += [tuned.name, ratio_text(tuned.ratio), _bar(tuned)] if tuned else ["", "", ""]
-    return [*found, _share(row), _rate(row)]
+    return [*found, _share(row), _rate(row), _memory(row)]
 
 
 def rows_table(result: Result) -> Any:

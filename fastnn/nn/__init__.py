@@ -5,12 +5,14 @@ from .attention import MultiheadAttention
 from .linear import Linear
 from .linear_int8 import Int8Linear
 from .loss import CrossEntropyLoss
+from .mlp import MLP, QKVLinear, SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .rope import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
 
 __all__ = [
     "GELU",
+    "MLP",
     "CrossEntropyLoss",
     "Hardswish",
     "Int8Linear",
@@ -18,11 +20,13 @@ __all__ = [
     "Linear",
     "LogSoftmax",
     "MultiheadAttention",
+    "QKVLinear",
     "RMSNorm",
     "ReLU",
     "RotaryEmbedding",
     "SiLU",
     "Sigmoid",
     "Softmax",
+    "SwiGLU",
     "Tanh",
 ]

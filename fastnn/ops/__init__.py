@@ -7,6 +7,7 @@ from .dropout_add import dropout_add
 from .linear import linear
 from .linear_int8 import linear_int8, quantize_rows
 from .masked_softmax import masked_softmax
+from .mlp import mlp, swiglu_mlp
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rope import rope, rope_tables
 from .softmax import log_softmax, softmax
@@ -24,6 +25,7 @@ __all__ = [
     "linear_int8",
     "log_softmax",
     "masked_softmax",
+    "mlp",
     "quantize_rows",
     "reglu",
     "relu",
@@ -36,5 +38,6 @@ __all__ = [
     "silu",
     "softmax",
     "swiglu",
+    "swiglu_mlp",
     "tanh",
 ]

@@ -79,9 +79,9 @@ KERNEL_FAULTS = [
     Fault(
         "epilogue runs backwards: activation before bias",
         GEMM,
-        "write(c + start + n, activate<A, kRough>(v));",
-        "if (bias != nullptr) v -= load(bias + n0 + n); v = activate<A, kRough>(v); "
-        "if (bias != nullptr) v += load(bias + n0 + n); write(c + start + n, v);",
+        "      Vec y = activate<A, kRough>(gate",
+        "      if (bias != nullptr) v -= load(bias + n0 + n); v = activate<A, kRough>(v); "
+        "if (bias != nullptr) v += load(bias + n0 + n); Vec y = activate<Activation::kNone, kRough>(gate",
         cell("linear-fp32-{isa}-contiguous"),
     ),
     Fault(

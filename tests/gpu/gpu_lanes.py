@@ -20,6 +20,7 @@ STAND_FOR = {
     "linear": ("None_bias", "gelu_tanh_bias", "relu_bias", "9x49x35"),
     "dropout_add": ("rows_0.3",),
     "masked_softmax": ("rows_bool", "causal_own"),
+    "mlp": ("plain_gelu", "gated_silu"),
     "norm": ("layer_rows", "rms_rows", "add_layer_rows", "add_rms_rows"),
     "rope": ("halves_rows", "neighbours_partial"),
     "softmax": ("rows", "log_rows", "columns"),

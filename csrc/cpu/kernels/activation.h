@@ -10,18 +10,6 @@
 namespace fastnn {
 namespace {
 
-template <class T>
-constexpr bool kRoughFor = sizeof(T) == 2;
-
-template <class T>
-FASTNN_INLINE const T* row_of(const void* data, int64_t row, int64_t stride) {
-  return static_cast<const T*>(data) + row * stride;
-}
-template <class T>
-FASTNN_INLINE T* row_or_null(void* data, int64_t row, int64_t stride) {
-  return data == nullptr ? nullptr : static_cast<T*>(data) + row * stride;
-}
-
 template <class T, Activation A, bool kBias>
 void activation_fwd_rows(const ActivationParams& p, const float* bias, const Block& block) {
   for (int64_t r = block.row_begin; r < block.row_end; ++r) {

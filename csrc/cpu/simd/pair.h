@@ -8,6 +8,19 @@
 namespace fastnn {
 namespace {
 
+// Whether results of this type may take an activation's rough form (simd/activation.h).
+template <class T>
+constexpr bool kRoughFor = sizeof(T) == 2;
+
+template <class T>
+FASTNN_INLINE const T* row_of(const void* data, int64_t row, int64_t stride) {
+  return static_cast<const T*>(data) + row * stride;
+}
+template <class T>
+FASTNN_INLINE T* row_or_null(void* data, int64_t row, int64_t stride) {
+  return data == nullptr ? nullptr : static_cast<T*>(data) + row * stride;
+}
+
 // Vectors of 2 kLanes elements in an order of their type's own, which put() undoes; in memory's
 // order where kOrdered.
 template <bool kOrdered>
