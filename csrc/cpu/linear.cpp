@@ -41,7 +41,8 @@ Split split_work(const GemmParams& p) {
   return {columns_only ? 1 : std::min(std::max<int64_t>(1, threads / columns), most_rows), columns};
 }
 
-// Gradients of the pre-activation and of the bias. Chunks of rows have their own partial sums.
+}  // namespace
+
 void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
   const int64_t chunks = std::max<int64_t>(1, (p.M + kChunkRows - 1) / kChunkRows);
   const Scratch partial(p.db != nullptr ? chunks * p.N * 4 : 0);
@@ -55,8 +56,6 @@ void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table) {
   });
   if (p.db != nullptr) add_chunks(table, sums, chunks, p.N, p.dy.dtype, p.db);
 }
-
-}  // namespace
 
 void run_gemm(const GemmParams& p, const KernelTable& table) {
   if (p.M == 0 || p.N == 0) return;
@@ -90,8 +89,12 @@ void linear_fwd(const LinearParams& p) {
   g.b = {p.w.data, p.w.col_stride, p.w.row_stride, p.w.dtype};  // W^T
   g.b_packed = static_cast<const float*>(p.packed);
   g.c = p.y;
+  g.c_stride = p.N;
   g.c_dtype = p.x.dtype;
-  g.epilogue = {biased ? bias.get() : nullptr, p.pre, p.activation};
+  g.epilogue.bias = biased ? bias.get() : nullptr;
+  g.epilogue.pre = p.pre;
+  g.epilogue.pre_stride = p.N;
+  g.epilogue.activation = p.activation;
   run_gemm(g, table);
 }
 
@@ -107,6 +110,7 @@ void linear_bwd(const LinearBwdParams& p) {
   if (own_dz || p.db != nullptr) run_slope(p, dz, table);
   const Matrix z = own_dz ? Matrix{dz, p.N, 1, p.dy.dtype} : p.dy;
   GemmParams g = {};
+  g.c_stride = p.K;
   g.c_dtype = p.dy.dtype;
   if (p.dx != nullptr) {
     g.M = p.M;

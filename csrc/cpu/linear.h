@@ -17,6 +17,10 @@ void linear_bwd(const LinearBwdParams& p);
 int64_t linear_packed_bytes(int64_t N, int64_t K, DType dtype);
 void linear_pack(const Matrix& w, int64_t N, int64_t K, void* packed);
 
+// dz, where not null, and the gradient of the bias, where wanted. Chunks of rows have their own
+// partial sums.
+void run_slope(const LinearBwdParams& p, void* dz, const KernelTable& table);
+
 // The product of cpu/gemm/, split over the threads.
 void run_gemm(const GemmParams& p, const KernelTable& table);
 

@@ -57,10 +57,12 @@ void run_rows(const LinearInt8Params& p, const KernelTable& table, int64_t m0, i
   g.a = {codes, stride, 1, p.x.dtype};
   g.b_packed = static_cast<const float*>(p.packed);
   g.c = static_cast<char*>(p.y) + m0 * p.N * element_bytes(p.x.dtype);
+  g.c_stride = p.N;
   g.c_dtype = p.x.dtype;
   g.is_int8 = true;
   g.int8 = {scale, layout.scale(p.packed), layout.offset(p.packed)};
-  g.epilogue = {bias, nullptr, p.activation};
+  g.epilogue.bias = bias;
+  g.epilogue.activation = p.activation;
   run_gemm(g, table);
 }
 

@@ -86,6 +86,7 @@ void check_product(Case c, Flush flush) {
       p.b = b.matrix;
       p.b_packed = packed ? copy.floats.data() : nullptr;
       p.c = out.memory.data();
+      p.c_stride = N;
       p.c_dtype = c.type;
       run(p, 0, M, 0, N);
       check_values(c, out, truth, {});
@@ -128,6 +129,7 @@ TEST(parts_of_the_result) {
         p.b = b.matrix;
         p.b_packed = packed ? copy.floats.data() : nullptr;
         p.c = out.memory.data();
+        p.c_stride = p.N;
         p.c_dtype = type;
         for (const int64_t m : {0, 75}) {
           run(p, m, m + 75, 0, 48);
@@ -157,8 +159,12 @@ TEST(epilogue_runs_in_order) {
         p.a = a.matrix;
         p.b = b.matrix;
         p.c = after.memory.data();
+        p.c_stride = p.N;
         p.c_dtype = type;
-        p.epilogue = {bias.data(), before.memory.data(), Activation::kRelu};
+        p.epilogue.bias = bias.data();
+        p.epilogue.pre = before.memory.data();
+        p.epilogue.pre_stride = kN;
+        p.epilogue.activation = Activation::kRelu;
         run(p, 0, M, 0, kN);
         const Product truth = multiply(dense(a), turned(dense(b), kK, kN), M, kN, kK);
         check_values({isa, {M, kN, kK}, type, Order::kRows, Order::kColumns, false}, before, truth,

@@ -50,26 +50,37 @@ template <Activation A, class T>
 void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, int64_t rows,
                   int64_t n0, int64_t columns) {
   constexpr bool kRough = sizeof(T) == 2;
-  const float* const bias = p.epilogue.bias;
-  T* const pre = static_cast<T*>(p.epilogue.pre);
-  T* const c = static_cast<T*>(p.c);
+  const Epilogue& e = p.epilogue;
+  const float* const bias = e.bias;
   const bool codes = p.is_int8;
   const Int8Scales int8 = p.int8;
   for (int64_t i = 0; i < rows; ++i, t += ldt) {
-    const int64_t start = (m0 + i) * p.N + n0;
-    const float scale = codes ? int8.row[m0 + i] : 1.f;
-    auto finished = [&](int64_t n, auto write) __attribute__((always_inline)) {
+    const int64_t m = m0 + i;
+    T* const c = static_cast<T*>(p.c) + m * p.c_stride + n0;
+    T* const pre = e.pre ? static_cast<T*>(e.pre) + m * e.pre_stride + n0 : nullptr;
+    const T* const gate = e.gate ? static_cast<const T*>(e.gate) + m * e.gate_stride + n0 : nullptr;
+    const float* const addend = e.addend ? e.addend + m * p.c_stride + n0 : nullptr;
+    const float scale = codes ? int8.row[m] : 1.f;
+    auto finished = [&](int64_t n, auto read, auto write) __attribute__((always_inline)) {
       Vec v = codes ? dequantised(int8, scale, n0 + n, t + n) : load(t + n);
       if (bias != nullptr) v += load(bias + n0 + n);
-      if (pre != nullptr) write(pre + start + n, v);
-      write(c + start + n, activate<A, kRough>(v));
+      if (pre != nullptr) write(pre + n, v);
+      Vec y = activate<A, kRough>(gate != nullptr ? read(gate + n) : v);
+      if (gate != nullptr) y *= v;
+      if (addend != nullptr) y += read(addend + n);
+      write(c + n, y);
     };
     int64_t n = 0;
-    for (; n + kLanes <= columns; n += kLanes)
-      finished(n, [](T* to, Vec v) __attribute__((always_inline)) { store(to, v); });
+    for (; n + kLanes <= columns; n += kLanes) {
+      finished(
+          n, [](auto* from) __attribute__((always_inline)) { return load(from); },
+          [](T* to, Vec v) __attribute__((always_inline)) { store(to, v); });
+    }
     if (n < columns) {
       const int left = (int)(columns - n);
-      finished(n, [=](T* to, Vec v) __attribute__((always_inline)) { store_first(to, v, left); });
+      finished(
+          n, [=](auto* from) __attribute__((always_inline)) { return load_some(from, left); },
+          [=](T* to, Vec v) __attribute__((always_inline)) { store_first(to, v, left); });
     }
   }
 }
@@ -87,7 +98,7 @@ inline void finish(const GemmParams& p, const float* t, int64_t ldt, int64_t m0,
 // computes.
 FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m, int64_t rows, int64_t n,
                                    int64_t columns) {
-  const int64_t size = element_bytes(p.c_dtype), row_bytes = p.N * size;
+  const int64_t size = element_bytes(p.c_dtype), row_bytes = p.c_stride * size;
   const char* const c = static_cast<const char*>(p.c) + m * row_bytes + n * size;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t at = 0; at < columns * size; at += kLineBytes)

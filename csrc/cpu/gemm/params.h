@@ -8,8 +8,13 @@ namespace fastnn {
 // template parameters: instruction sets x types x options must not multiply into the build.
 struct Epilogue {
   const float* bias;  // added, by column; readable up to N rounded up to a strip; or null
-  void* pre;          // takes what the activation is applied to: row stride N, type of c; or null
+  void* pre;          // takes the sum with the bias, in the type of c; or null
+  int64_t pre_stride;
+  const void* gate;  // the sum becomes activation(gate) times it, not its activation: type of c,
+                     // and may be c itself; or null
+  int64_t gate_stride;
   Activation activation;
+  const float* addend;  // added last: row stride that of c, and may be c itself; or null
 };
 
 // Of a product of int8 codes: sum - offset[n] is that of the codes, times row[m] column[n] that of
@@ -20,12 +25,13 @@ struct Int8Scales {
   const int32_t* offset;
 };
 
-// c (M x N, contiguous) = epilogue(a (M x K) b (K x N)).
+// c (M x N) = epilogue(a (M x K) b (K x N)). Strides are of rows, in elements.
 struct GemmParams {
   int64_t M, N, K;
   Matrix a, b;
   const float* b_packed;  // b's packed copy (gemm/pack.h), or null
   void* c;
+  int64_t c_stride;
   DType c_dtype;
   Epilogue epilogue;
   bool is_int8;  // a holds bytes: codes plus 128, K of them with padding, a multiple of 4;
