@@ -8,6 +8,7 @@
 #include "params/dropout_add.h"
 #include "params/limits.h"
 #include "params/linear.h"
+#include "params/linear_cross_entropy.h"
 #include "params/masked_softmax.h"
 #include "params/norm.h"
 #include "params/rope.h"
@@ -31,6 +32,8 @@ struct KernelTable {
   // Rows [begin, end).
   void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
   void (*cross_entropy_bwd)(const CrossEntropyBwdParams& p, int64_t begin, int64_t end);
+  // All rows, classes [first, last).
+  void (*logit_gradient)(const LogitGradientParams& p, int64_t first, int64_t last);
 
   // Rows [begin, end); weight and bias as neighbouring float32. The rows' sums for the gradients of
   // weight and bias go to dw and db, where not null.

@@ -4,7 +4,7 @@ from .activation import GELU, Hardswish, ReLU, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
 from .linear import Linear
 from .linear_int8 import Int8Linear
-from .loss import CrossEntropyLoss
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .rope import RotaryEmbedding
 from .softmax import LogSoftmax, Softmax
@@ -16,6 +16,7 @@ __all__ = [
     "Int8Linear",
     "LayerNorm",
     "Linear",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "RMSNorm",

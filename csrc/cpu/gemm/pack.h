@@ -134,6 +134,20 @@ struct RowPanel {
   int64_t row_bytes, unit_bytes;
 };
 
+// One unit each of MR neighbouring rows. By vectors: the gradient of a weight packs all of its
+// incoming gradient so.
+template <class Dot, int MR, class T>
+FASTNN_INLINE void gather_units(const T* p, int64_t stride, int64_t elements, float* out) {
+  if constexpr (Dot::kPerUnit == 1) {
+    store_some(out, load_some(p, MR), MR);
+  } else if constexpr (Dot::kPerUnit == 2) {
+    const Vec odd = elements > 1 ? load_some(p + stride, MR) : zero();
+    store_some(out, interleave_pairs(load_some(p, MR), odd), MR);
+  } else {
+    for (int i = 0; i < MR; ++i) out[i] = gather_unit<Dot>(p + i, stride, elements);
+  }
+}
+
 template <class Dot, class T, int MR>
 FASTNN_INLINE RowPanel pack_rows(const Matrix& a, int64_t K, int64_t m, int64_t rows, int64_t u0,
                                  int64_t u1, float* out) {
@@ -157,8 +171,7 @@ FASTNN_INLINE RowPanel pack_rows(const Matrix& a, int64_t K, int64_t m, int64_t 
     const int64_t k = u * Dot::kPerUnit;
     const T* const column = data + k * a.col_stride;
     if (a.row_stride == 1 && rows == MR) {
-      FASTNN_UNROLL for (int i = 0; i < MR; ++i) o[i] =
-          gather_unit<Dot>(column + i, a.col_stride, K - k);
+      gather_units<Dot, MR>(column, a.col_stride, K - k, o);
     } else {
       for (int64_t i = 0; i < rows; ++i)
         o[i] = gather_unit<Dot>(column + i * a.row_stride, a.col_stride, K - k);
