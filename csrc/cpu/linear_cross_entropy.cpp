@@ -45,8 +45,8 @@ struct Plan {
 
 Plan plan(const LinearCrossEntropyParams& p, int64_t counted) {
   const int64_t size = element_bytes(p.x.dtype), classes = std::max<int64_t>(1, p.loss.classes);
-  const int64_t fixed = 2 * classes * 4;               // bias and its gradient
-  const int64_t row = classes * 4 + p.K * (4 + size);  // logits, dx, a copy of x
+  const int64_t fixed = 2 * classes * 4;                   // bias and its gradient
+  const int64_t row = classes * 4 + p.K * (4 + size + 4);  // logits, dx, x copied and packed
   Plan found;
   found.rows = (kScratchBytes - fixed - kBlockBytes) / row;
   found.rows = std::clamp<int64_t>(found.rows, 1, kMostRows);
@@ -69,10 +69,13 @@ class Loss {
         chunks_((static_cast<int64_t>(counted_.size()) + plan_.rows - 1) / plan_.rows),
         bias_(table, p.bias, p.bias_stride, p.x.dtype, p.bias ? p.loss.classes : 0,
               p.bias ? round_up(p.loss.classes, kStrip) : 0, 0.f),
-        logits_(chunks_ > 0 ? plan_.rows * p.loss.classes * 4 : 0),
+        dz_bytes_(gradients_ ? plan_.rows * row_stride(plan_.columns, size_) * size_ : 0),
+        memory_(chunks_ > 0 ? dz_bytes_ + plan_.rows * p.loss.classes * 4 : 0),
         x_copy_(chunks_ > 0 ? plan_.rows * p.K * size_ : 0),
+        x_packed_(p.dw != nullptr && chunks_ > 0
+                      ? table.packed_floats(p.K, plan_.rows, p.x.dtype) * 4
+                      : 0),
         dx_sums_(p.dx != nullptr && chunks_ > 0 ? plan_.rows * p.K * 4 : 0),
-        dz_(gradients_ && chunks_ > 0 ? plan_.rows * row_stride(plan_.columns, size_) * size_ : 0),
         dw_sums_(p.dw != nullptr && size_ == 2 && chunks_ > 1 ? p.loss.classes * p.K * 4 : 0),
         db_sums_(p.db != nullptr ? p.loss.classes * 4 : 0) {}
 
@@ -95,6 +98,7 @@ class Loss {
   }
 
  private:
+  float* logits() const { return floats(memory_) + dz_bytes_ / 4; }
   static float* floats(const Scratch& s) { return static_cast<float*>(s.get()); }
   static std::vector<int64_t> counted_rows(const LinearCrossEntropyParams& p) {
     std::vector<int64_t> found;
@@ -160,7 +164,7 @@ class Loss {
   CrossEntropyParams loss_of_chunk() const {
     CrossEntropyParams found = p_.loss;
     found.rows = rows_;
-    found.x = logits_.get();
+    found.x = logits();
     found.x_row_stride = p_.loss.classes;
     found.dtype = DType::kFloat32;
     found.target = target_.data();
@@ -174,7 +178,7 @@ class Loss {
     g.K = p_.K;
     g.a = x_;
     g.b = {p_.w.data, p_.w.col_stride, p_.w.row_stride, p_.w.dtype};  // W^T
-    g.c = logits_.get();
+    g.c = logits();
     g.c_stride = g.N;
     g.c_dtype = DType::kFloat32;
     if (p_.bias != nullptr) g.epilogue.bias = bias_.get();
@@ -196,11 +200,16 @@ class Loss {
   }
 
   void compute_gradients(int64_t chunk) {
+    if (p_.dw != nullptr) {  // once for all blocks
+      parallel_for((p_.K + kStrip - 1) / kStrip, 8, [&](int64_t begin, int64_t end) {
+        table_.pack(x_, p_.K, rows_, begin, end, floats(x_packed_));
+      });
+    }
     for (int64_t v0 = 0; v0 < p_.loss.classes; v0 += plan_.columns) {
       const int64_t columns = std::min(plan_.columns, p_.loss.classes - v0);
       const int64_t stride = row_stride(columns, size_);
       const LogitGradientParams g = {
-          {loss_of_chunk(), stats_.data(), scale_.data(), z_scale_.data(), 1, dz_.get()},
+          {loss_of_chunk(), stats_.data(), scale_.data(), z_scale_.data(), 1, memory_.get()},
           v0,
           stride,
           p_.x.dtype,
@@ -211,7 +220,7 @@ class Loss {
                      table_.logit_gradient(g, v0 + begin * kColumnItem,
                                            v0 + std::min(columns, end * kColumnItem));
                    });
-      const Matrix dz = {dz_.get(), stride, 1, p_.x.dtype};
+      const Matrix dz = {memory_.get(), stride, 1, p_.x.dtype};
       if (p_.dx != nullptr) add_dx(dz, v0, columns);
       if (p_.dw != nullptr) add_dw(dz, v0, columns, chunk);
     }
@@ -246,6 +255,7 @@ class Loss {
     g.K = rows_;
     g.a = {dz.data, dz.col_stride, dz.row_stride, dz.dtype};
     g.b = x_;
+    g.b_packed = floats(x_packed_);
     float* const sums = (size_ == 4 ? static_cast<float*>(p_.dw) : floats(dw_sums_)) + v0 * p_.K;
     g.c = last ? static_cast<char*>(p_.dw) + v0 * p_.K * size_ : static_cast<void*>(sums);
     g.c_stride = p_.K;
@@ -262,7 +272,9 @@ class Loss {
   const Plan plan_;
   const int64_t chunks_;
   const Parameter bias_;
-  const Scratch logits_, x_copy_, dx_sums_, dz_, dw_sums_, db_sums_;
+  const int64_t dz_bytes_;  // whole cache lines
+  const Scratch memory_;    // dz, then logits: together on huge pages
+  const Scratch x_copy_, x_packed_, dx_sums_, dw_sums_, db_sums_;
   // The chunk: its rows' numbers, and what belongs to each.
   const int64_t* row_ = nullptr;
   int64_t rows_ = 0;
