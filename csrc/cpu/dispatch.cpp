@@ -3,8 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#define FASTNN_ISA(name) \
-  extern "C" __attribute__((visibility("hidden"))) const fastnn::KernelTable fastnn_table_##name;
+#define FASTNN_ISA(name) FASTNN_KERNEL_PARTS(FASTNN_DECLARE_TABLE, name)
 #include "fastnn_isas.inc"
 #undef FASTNN_ISA
 
@@ -28,13 +27,15 @@ namespace {
 
 struct Entry {
   const char* name;
-  const KernelTable* table;
+  KernelTable table;
   bool (*supported)();
 };
 const Entry kEntries[] = {
-#define FASTNN_ISA(name) {#name, &fastnn_table_##name, cpu_has_##name},
+#define FASTNN_PART(Part, part, isa) FASTNN_TABLE_NAME(part, isa),
+#define FASTNN_ISA(name) {#name, {FASTNN_KERNEL_PARTS(FASTNN_PART, name)}, cpu_has_##name},
 #include "fastnn_isas.inc"
 #undef FASTNN_ISA
+#undef FASTNN_PART
 };
 
 std::atomic<const KernelTable*> g_table{nullptr};
@@ -42,7 +43,7 @@ std::atomic<const KernelTable*> g_table{nullptr};
 const KernelTable* best() {
   const KernelTable* table = nullptr;
   for (const Entry& entry : kEntries) {
-    if (entry.supported()) table = entry.table;
+    if (entry.supported()) table = &entry.table;
   }
   return table;
 }
@@ -81,7 +82,7 @@ void set_isa(const std::string& name) {
                                   "' is not supported by this CPU, which has " +
                                   joined(isa_supported()));
     }
-    g_table.store(entry.table);
+    g_table.store(&entry.table);
     return;
   }
   throw std::invalid_argument("unknown instruction set '" + name +

@@ -1,5 +1,6 @@
-// What an instruction set supplies: one table of plain functions, all serial, none of which throws
-// or allocates. cpu/<op>.cpp splits the work over threads and calls them.
+// What an instruction set supplies: plain functions, all serial, none of which throws or allocates.
+// Each csrc/cpu/kernels/<part>.cpp, compiled once per instruction set, defines one part of the
+// table; cpu/<op>.cpp splits the work over threads and calls them.
 #pragma once
 #include "cpu/gemm/params.h"
 #include "params/activation.h"
@@ -16,44 +17,15 @@
 
 namespace fastnn {
 
-enum class MathFunction : int32_t { kExp, kLog, kTanh, kErf, kSigmoid };
-
-struct KernelTable {
-  const char* isa;  // as the compiler saw it (simd/vec.h)
-
-  // Slices [begin, end) of softmax_items(p); scratch: softmax_scratch_floats(p).
-  int64_t (*softmax_items)(int64_t outer, int64_t inner);
-  void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
-  void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
-
-  // Rows [begin, end); kept: a row of floats where y cannot hold them (MaskedSoftmaxParams).
-  void (*masked_softmax_fwd)(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* kept);
-
-  // Rows [begin, end).
-  void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
-  void (*cross_entropy_bwd)(const CrossEntropyBwdParams& p, int64_t begin, int64_t end);
-  // All rows, classes [first, last).
-  void (*logit_gradient)(const LogitGradientParams& p, int64_t first, int64_t last);
-
-  // Rows [begin, end); weight and bias as neighbouring float32. The rows' sums for the gradients of
-  // weight and bias go to dw and db, where not null.
-  void (*norm_fwd)(const NormParams& p, const float* weight, const float* bias, int64_t begin,
-                   int64_t end);
-  void (*norm_bwd)(const NormBwdParams& p, const float* weight, int64_t begin, int64_t end,
-                   float* dw, float* db);
-
+struct ActivationKernels {
   // The block; bias as neighbouring float32, or null. Its columns' sums of dx are added to db,
   // where not null.
   void (*activation_fwd)(const ActivationParams& p, const float* bias, const Block& block);
   void (*activation_bwd)(const ActivationBwdParams& p, const float* bias, const Block& block,
                          float* db);
+};
 
-  // The block, whose columns begin at a multiple of 64.
-  void (*dropout_add)(const DropoutAddParams& p, const Block& block);
-
-  // Blocks [begin, end) of rope_items(p); scratch: rope_scratch_floats(p).
-  void (*rope)(const RopeParams& p, int64_t begin, int64_t end, float* scratch);
-
+struct AttentionKernels {
   // (Batch entry, key head) pairs as the products take them: attention_key_floats and
   // attention_value_floats of each, 0 where they are read in place.
   int64_t (*attention_key_floats)(const AttentionParams& p, bool forward);
@@ -77,7 +49,20 @@ struct KernelTable {
   int64_t (*attention_bwd_scratch)(const AttentionParams& p);
   void (*attention_bwd)(const AttentionBwdParams& p, const float* k, const float* v, int64_t begin,
                         int64_t end, float* scratch);
+};
 
+struct CrossEntropyKernels {
+  // Rows [begin, end).
+  void (*cross_entropy_fwd)(const CrossEntropyFwdParams& p, int64_t begin, int64_t end);
+  void (*cross_entropy_bwd)(const CrossEntropyBwdParams& p, int64_t begin, int64_t end);
+};
+
+struct DropoutAddKernels {
+  // The block, whose columns begin at a multiple of 64.
+  void (*dropout_add)(const DropoutAddParams& p, const Block& block);
+};
+
+struct GemmKernels {
   // Rows [m0, m1) and columns [n0, n1) of c; n0 a multiple of kStrip. scratch:
   // gemm_scratch_floats(p).
   void (*gemm)(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch);
@@ -85,10 +70,26 @@ struct KernelTable {
   // Floats of the packed copy of a K x N operand of this type, and strips [s0, s1) of it.
   int64_t (*packed_floats)(int64_t N, int64_t K, DType dtype);
   void (*pack)(const Matrix& b, int64_t N, int64_t K, int64_t s0, int64_t s1, float* out);
+};
 
+// Of the machine, not of an op (cpu/limits.cpp).
+struct LimitsKernels {
+  const char* isa;  // as the compiler saw it (simd/vec.h)
+  int64_t (*peak_operations)(PeakKind kind, int64_t steps, float* sink);
+  float (*stream)(const StreamParams& p);
+};
+
+struct LinearKernels {
   // dz of rows [begin, end) where dz is not null, and their column sums where sums is not null.
   void (*linear_slope)(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz, float* sums);
+};
 
+struct LinearCrossEntropyKernels {
+  // All rows, classes [first, last).
+  void (*logit_gradient)(const LogitGradientParams& p, int64_t first, int64_t last);
+};
+
+struct LinearInt8Kernels {
   // Codes of rows [begin, end), their bits flipped by `flip`, rows code_stride bytes apart, and the
   // rows' scales; strips [s0, s1) of a weight's codes (N x K bytes) and, for each of their columns,
   // 128 times the sum of its codes.
@@ -96,16 +97,84 @@ struct KernelTable {
                         uint8_t* codes, int64_t code_stride, float* scale);
   void (*int8_pack)(const Matrix& codes, int64_t N, int64_t K, int64_t s0, int64_t s1,
                     float* strips, int32_t* offset);
+};
 
+struct MaskedSoftmaxKernels {
+  // Rows [begin, end); kept: a row of floats where y cannot hold them (MaskedSoftmaxParams).
+  void (*masked_softmax_fwd)(const MaskedSoftmaxParams& p, int64_t begin, int64_t end, float* kept);
+};
+
+struct NormKernels {
+  // Rows [begin, end); weight and bias as neighbouring float32. The rows' sums for the gradients of
+  // weight and bias go to dw and db, where not null.
+  void (*norm_fwd)(const NormParams& p, const float* weight, const float* bias, int64_t begin,
+                   int64_t end);
+  void (*norm_bwd)(const NormBwdParams& p, const float* weight, int64_t begin, int64_t end,
+                   float* dw, float* db);
+};
+
+struct RopeKernels {
+  // Blocks [begin, end) of rope_items(p); scratch: rope_scratch_floats(p).
+  void (*rope)(const RopeParams& p, int64_t begin, int64_t end, float* scratch);
+};
+
+struct SoftmaxKernels {
+  // Slices [begin, end) of softmax_items(p); scratch: softmax_scratch_floats(p).
+  int64_t (*softmax_items)(int64_t outer, int64_t inner);
+  void (*softmax_fwd)(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch);
+  void (*softmax_bwd)(const SoftmaxBwdParams& p, int64_t begin, int64_t end);
+};
+
+enum class MathFunction : int32_t { kExp, kLog, kTanh, kErf, kSigmoid };
+
+struct VectorMathKernels {
   // n elements of any type to float32 and back.
   void (*to_float32)(const void* x, int64_t stride, DType dtype, int64_t n, float* y);
   void (*from_float32)(const float* x, int64_t n, DType dtype, void* y);
-
   void (*vector_math)(MathFunction f, const float* x, float* y, int64_t n);
-
-  // Of the machine, not of an op (cpu/limits.cpp).
-  int64_t (*peak_operations)(PeakKind kind, int64_t steps, float* sink);
-  float (*stream)(const StreamParams& p);
 };
 
+// Every part, in the order of its name: PART(Softmax, softmax, isa) stands for the struct
+// SoftmaxKernels and the file kernels/softmax.cpp.
+#define FASTNN_KERNEL_PARTS(PART, isa)                \
+  PART(Activation, activation, isa)                   \
+  PART(Attention, attention, isa)                     \
+  PART(CrossEntropy, cross_entropy, isa)              \
+  PART(DropoutAdd, dropout_add, isa)                  \
+  PART(Gemm, gemm, isa)                               \
+  PART(Limits, limits, isa)                           \
+  PART(Linear, linear, isa)                           \
+  PART(LinearCrossEntropy, linear_cross_entropy, isa) \
+  PART(LinearInt8, linear_int8, isa)                  \
+  PART(MaskedSoftmax, masked_softmax, isa)            \
+  PART(Norm, norm, isa)                               \
+  PART(Rope, rope, isa)                               \
+  PART(Softmax, softmax, isa)                         \
+  PART(VectorMath, vector_math, isa)
+
+struct KernelTable : ActivationKernels,
+                     AttentionKernels,
+                     CrossEntropyKernels,
+                     DropoutAddKernels,
+                     GemmKernels,
+                     LimitsKernels,
+                     LinearKernels,
+                     LinearCrossEntropyKernels,
+                     LinearInt8Kernels,
+                     MaskedSoftmaxKernels,
+                     NormKernels,
+                     RopeKernels,
+                     SoftmaxKernels,
+                     VectorMathKernels {};  // in the order of FASTNN_KERNEL_PARTS
+
 }  // namespace fastnn
+
+// A part's table for the instruction set FASTNN_ISA_NAME, the only symbol that its object defines.
+#define FASTNN_TABLE_NAME_(part, isa) fastnn_table_##part##_##isa
+#define FASTNN_TABLE_NAME(part, isa) FASTNN_TABLE_NAME_(part, isa)
+#define FASTNN_DECLARE_TABLE(Part, part, isa)      \
+  extern "C" __attribute__((visibility("hidden"))) \
+  const fastnn::Part##Kernels FASTNN_TABLE_NAME(part, isa);
+#define FASTNN_TABLE_PART(Part, part)               \
+  FASTNN_DECLARE_TABLE(Part, part, FASTNN_ISA_NAME) \
+  extern "C" const fastnn::Part##Kernels FASTNN_TABLE_NAME(part, FASTNN_ISA_NAME)

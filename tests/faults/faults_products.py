@@ -108,7 +108,7 @@ KERNEL_FAULTS = [
     ),
     Fault(
         "linear: columns of a strided grad_output read as neighbours",
-        "csrc/cpu/kernels/linear.h",
+        "csrc/cpu/simd/lanes.h",
         "if (stride == 1) return load_some",
         "if (stride != 0) return load_some",
         (f"{GRAD_LAYOUT}[linear-strided-{{isa}}]",),
@@ -165,7 +165,7 @@ KERNEL_FAULTS = [
     Fault(
         "another instruction set than the one asked for runs",
         "csrc/cpu/dispatch.cpp",
-        "g_table.store(entry.table);",
+        "g_table.store(&entry.table);",
         "g_table.store(best());",
         cell("softmax-fp32-scalar-contiguous"),
         sets=2,

@@ -53,14 +53,19 @@ def run(command: list[str], **options: object) -> subprocess.CompletedProcess[st
 
 @dataclass(frozen=True)
 class Unit:
-    """One C++ source and the command that compiles it, without its output."""
+    """One C++ source and the command that compiles it, without its output; kernels once per instruction set."""
 
     source: str
     command: tuple[str, ...]
 
     @property
+    def isa(self) -> str:
+        """The instruction set of a kernel, or nothing."""
+        return next((word.split("=")[1] for word in self.command if word.startswith("-DFASTNN_ISA_NAME=")), "")
+
+    @property
     def object_name(self) -> str:
-        return self.source.replace("/", "_") + ".o"
+        return f"{self.source.replace('/', '_')}.{self.isa}.o"
 
     def compile(self, root: Path, folder: Path) -> Path:
         """Compiles the source as it is under `root`; no optimisation and no warnings, that is what makes it quick."""
@@ -89,7 +94,7 @@ class Base:
 
     def extension(self, to: Path, changed: dict[str, Path]) -> None:
         """Links the objects, with the changed ones in place of their like."""
-        objects = [str(changed.get(u.source, self.folder / u.object_name)) for u in self.units]
+        objects = [str(changed.get(u.object_name, self.folder / u.object_name)) for u in self.units]
         temporary = to.with_suffix(".new")
         run([self.link[0], "-shared", "-o", str(temporary), *objects, *self.link[1:]])
         temporary.replace(to)
@@ -211,10 +216,9 @@ class Copy:
             return
         isa = fault.isa or self.base.isa
         changed = {
-            unit.source: unit.compile(self.root, self.objects)
+            unit.object_name: unit.compile(self.root, self.objects)
             for unit in self.base.units
-            if self.base.depends(unit, fault.file)
-            and ("/isa_" not in unit.source or unit.source.endswith(f"/isa_{isa}.cpp"))
+            if unit.isa in ("", isa) and self.base.depends(unit, fault.file)
         }
         if not changed:
             raise PlantError(f"{fault.name}: nothing is compiled from {fault.file}")

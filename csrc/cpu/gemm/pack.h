@@ -116,13 +116,13 @@ FASTNN_INLINE void with_dot(DType dtype, F f) {
   });
 }
 
-int64_t packed_floats(int64_t N, int64_t K, DType dtype) {
+inline int64_t packed_floats(int64_t N, int64_t K, DType dtype) {
   int64_t units = 0;
   with_dot(dtype, [&](auto dot, auto) { units = units_of(K, decltype(dot)::kPerUnit); });
   return round_up(N, kStrip) * units;
 }
 
-void pack(const Matrix& b, int64_t N, int64_t K, int64_t s0, int64_t s1, float* out) {
+inline void pack(const Matrix& b, int64_t N, int64_t K, int64_t s0, int64_t s1, float* out) {
   with_dot(b.dtype, [&](auto dot, auto t) {
     const int64_t units = units_of(K, decltype(dot)::kPerUnit);
     const int64_t strip_floats = units * kStrip;

@@ -1,5 +1,6 @@
 // What the machine can do at best: multiply-adds out of registers, and streams of loads and stores.
 #pragma once
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/stream.h"
 #include "params/limits.h"
 

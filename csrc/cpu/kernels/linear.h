@@ -1,20 +1,12 @@
 // What linear + activation needs beside the matrix product (gemm/gemm.h): the activation's slope in
-// backward, the bias gradient, and conversions of vectors.
+// backward, the bias gradient.
 #pragma once
 #include "cpu/simd/activation.h"
+#include "cpu/simd/lanes.h"
+#include "params/linear.h"
 
 namespace fastnn {
 namespace {
-
-// Element columns [n, n + count) of one row as float32; columns may be apart (an expanded gradient
-// has stride 0).
-template <class T>
-FASTNN_INLINE Vec load_strided(const T* row, int64_t n, int count, int64_t stride) {
-  if (stride == 1) return load_some(row + n, count);
-  Vec v = zero();
-  for (int i = 0; i < count; ++i) v[i] = to_float(row[(n + i) * stride]);
-  return v;
-}
 
 // Column by column of vectors, so that the sums stay in registers over the rows of a chunk.
 template <Activation A, class T>
@@ -56,24 +48,6 @@ void linear_slope(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz
     with_activation(p.activation, [&](auto tag) {
       linear_slope_typed<decltype(tag)::value, T>(p, begin, end, static_cast<T*>(dz), sums);
     });
-  });
-}
-
-void to_float32(const void* x, int64_t stride, DType dtype, int64_t n, float* y) {
-  with_type(dtype, [&](auto type) {
-    const auto* const from = static_cast<const decltype(type)*>(x);
-    int64_t i = 0;
-    for (; stride == 1 && i + kLanes <= n; i += kLanes) store(y + i, load(from + i));
-    for (; i < n; ++i) y[i] = to_float(from[i * stride]);
-  });
-}
-
-void from_float32(const float* x, int64_t n, DType dtype, void* y) {
-  with_type(dtype, [&](auto type) {
-    auto* const to = static_cast<decltype(type)*>(y);
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(x + i));
-    if (i < n) store_first(to + i, load_first(x + i, (int)(n - i), 0.f), (int)(n - i));
   });
 }
 

@@ -6,7 +6,6 @@
 // codes of 0.
 #pragma once
 #include "cpu/gemm/pack.h"
-#include "cpu/kernels/linear.h"
 
 namespace fastnn {
 namespace {

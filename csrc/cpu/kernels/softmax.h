@@ -16,7 +16,7 @@ constexpr int kGroup = 4;  // vectors per column group: 256 bytes of each line o
 // compute them twice.
 constexpr int64_t kMaxBufferedCols = 65536;
 
-int64_t softmax_items(int64_t outer, int64_t inner) {
+inline int64_t softmax_items(int64_t outer, int64_t inner) {
   constexpr int64_t width = kGroup * kLanes;
   return inner == 1 ? outer : outer * ((inner + width - 1) / width);
 }
@@ -175,7 +175,7 @@ FASTNN_INLINE void with_type_pair(DType half_side, DType other, F f) {
   });
 }
 
-void softmax_fwd(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch) {
+inline void softmax_fwd(const SoftmaxParams& p, int64_t begin, int64_t end, float* scratch) {
   with_type_pair(p.x_dtype, p.y_dtype, [&](auto x, auto y) {
     softmax_fwd_typed<decltype(x), decltype(y)>(p, begin, end, scratch);
   });
@@ -249,7 +249,7 @@ void softmax_bwd_typed(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void softmax_bwd(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
+inline void softmax_bwd(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
   with_type_pair(p.dx_dtype, p.y_dtype, [&](auto dx, auto y) {
     softmax_bwd_typed<decltype(y), decltype(dx)>(p, begin, end);
   });

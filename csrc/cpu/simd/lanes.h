@@ -22,6 +22,16 @@ FASTNN_INLINE void store_some(T* p, Vec v, int count) {
   }
 }
 
+// Element columns [n, n + count) of one row; columns may be apart (an expanded gradient has stride
+// 0).
+template <class T>
+FASTNN_INLINE Vec load_strided(const T* row, int64_t n, int count, int64_t stride) {
+  if (stride == 1) return load_some(row + n, count);
+  Vec v = zero();
+  for (int i = 0; i < count; ++i) v[i] = to_float(row[(n + i) * stride]);
+  return v;
+}
+
 // Whether any lane of a and b differs (NaN differs from everything).
 FASTNN_INLINE bool any_differs(Vec a, Vec b) {
 #if defined(__AVX512F__)

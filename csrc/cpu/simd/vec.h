@@ -2,8 +2,8 @@
 // where the compiler does not find the instruction by itself. The only place where an instruction
 // set is named.
 //
-// Everything is in an anonymous namespace: each cpu/isa_*.cpp compiles its own copy with its own
-// flags, and none of it may be visible to the linker (csrc/tools/check_fence.py).
+// Everything is in an anonymous namespace: each cpu/kernels/*.cpp is compiled once per instruction
+// set with its flags, and none of it may be visible to the linker (csrc/tools/check_fence.py).
 #pragma once
 #include <cstdint>
 #include <cstring>
