@@ -1,9 +1,9 @@
 """Time and memory of linear + cross-entropy, forward and backward: ours, eager, compiled, and torch's own chunks.
 
-    python benchmarks/linear_cross_entropy.py [--shape 8192x768x128000] [--dtype float32] [--threads 2] [--with fastnn,eager]
+    python benchmarks/linear_cross_entropy.py [--shape 8192x768x128000] [--dtype float32] [--threads 2] [--with fastnn]
 
-Each contender runs once to warm up on 8 rows (compiled code on all of them) and once for the measurement, in a process of
-its own: memory is what the process's peak grew by, less the gradients that everybody must return.
+Each contender runs once to warm up on 8 rows and once for the measurement, in a process of its own: memory is what the
+process's peak grew by, less the gradients that everybody must return.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the matrix does not see of linear_cross_entropy: torch's form, what backward gives away, memory, skipped rows."""
+"""What the matrix does not see of linear_cross_entropy: torch's form, what backward gives away, memory, rows left out."""
 
 from __future__ import annotations
 

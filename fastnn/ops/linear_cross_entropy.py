@@ -81,8 +81,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     """Forward takes the gradients too, while a chunk of logits is there; backward scales them and gives them away.
 
     Backward on a graph that was retained finds them again. It computes them itself, from the saved maximum and log-sum
-    of each row, where forward cannot: of unreduced losses, whose rows are scaled apart, and in float16, where they would
-    underflow before a loss scale reaches them.
+    of each row, where forward cannot: of unreduced losses, whose rows are scaled apart, and in float16, where they
+    would underflow before a loss scale reaches them.
     """
 
     @staticmethod
@@ -239,8 +239,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """`cross_entropy(linear(input, linear_weight, linear_bias), target)` without the logits in memory.
 
-    The signature is torch 2.13's `torch.nn.functional.linear_cross_entropy`, on every torch. On the CPU the gradients of
-    input, linear_weight and linear_bias are found in the same pass where they are wanted.
+    The signature is torch 2.13's `torch.nn.functional.linear_cross_entropy`, on every torch. On the CPU the gradients
+    of input, linear_weight and linear_bias are found in the same pass where they are wanted.
 
     Args:
         input: (*, in_features), any strides; float32, bfloat16 and float16 run on the kernels, other floating types on

@@ -24,9 +24,8 @@ _PUBLIC: dict[tuple[Direction, str, Shape], Bar] = {
 """The rows of the performance page with their bars."""
 
 _ROWS = (1, 5, 16, 64, 129, 512)
-_PROJECTIONS = (
-    (16, 10), (64, 1000), (129, 257), (256, 2), (512, 4099), (768, 1024), (768, 8192), (1024, 512), (300, 3001), (64, 30522)
-)  # fmt: skip
+_HEADS = ((16, 10), (64, 1000), (129, 257), (256, 2), (512, 4099))
+_PROJECTIONS = (*_HEADS, (768, 1024), (768, 8192), (1024, 512), (300, 3001), (64, 30522))
 _SWEEP: tuple[Shape, ...] = tuple((rows, *projection) for projection in _PROJECTIONS for rows in _ROWS)
 """From a classifier's head to a small model's vocabulary, odd sizes among them; a token to a batch."""
 
