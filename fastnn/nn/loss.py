@@ -120,7 +120,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of inputs (*, in_features) against class indices (*) or probabilities (*, C)."""
-        linear_weight, linear_bias = self.linear.weight, self.linear.bias
+        linear_weight: Tensor = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
         if self.out_features:
             outer = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape(*outer, self.linear.in_features)

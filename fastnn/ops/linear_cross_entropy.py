@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,12 +44,12 @@ def linear_cross_entropy_bwd_fake(
     grad: Tensor, input: Tensor, linear_weight: Tensor, *rest: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What `linear_cross_entropy_bwd` gives, without its values."""
-    mask = next(one for one in rest if isinstance(one, (list, tuple)))
+    mask = next(one for one in rest if isinstance(one, list | tuple))
     return _fake_gradients(input, linear_weight, mask)
 
 
 def _fake_gradients(
-    input: Tensor, linear_weight: Tensor, mask: list[bool]
+    input: Tensor, linear_weight: Tensor, mask: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
     dx, dw, db = (input.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, mask, strict=True))
@@ -106,7 +107,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         ctx.found = None if ctx.traced else found
         kept = found if ctx.traced else (None, None, None)  # a trace has no state: they are saved as operands are
         ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, stats, *kept)
-        return loss  # type: ignore[no-any-return]
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -336,4 +337,4 @@ def _flat(
     else:
         fwd = _dispatch.KERNELS["linear_cross_entropy"][backend].fwd
         loss = fwd(*operands, target, weight, *options.raw(), [False] * 3, True)[0]
-    return loss.to(loss_dtype)  # type: ignore[no-any-return]
+    return loss.to(loss_dtype)

@@ -216,13 +216,13 @@ FASTNN_INLINE void with_loss_kind(const CrossEntropyParams& p, F f) {
   });
 }
 
-void cross_entropy_fwd(const CrossEntropyFwdParams& p, int64_t begin, int64_t end) {
+inline void cross_entropy_fwd(const CrossEntropyFwdParams& p, int64_t begin, int64_t end) {
   with_loss_kind(p.loss, [&](auto type, auto cap, auto kind) {
     cross_entropy_fwd_rows<decltype(type), decltype(cap)::value, decltype(kind)::value>(p, begin,
                                                                                         end);
   });
 }
-void cross_entropy_bwd(const CrossEntropyBwdParams& p, int64_t begin, int64_t end) {
+inline void cross_entropy_bwd(const CrossEntropyBwdParams& p, int64_t begin, int64_t end) {
   with_loss_kind(p.loss, [&](auto type, auto cap, auto kind) {
     cross_entropy_bwd_rows<decltype(type), decltype(cap)::value, decltype(kind)::value>(p, begin,
                                                                                         end);
