@@ -18,6 +18,7 @@ from fastnn import (
     gelu,
     layer_norm,
     linear,
+    linear_cross_entropy,
     log_softmax,
     masked_softmax,
     mlp,
@@ -46,6 +47,10 @@ def _loss(x, w, b, probabilities=False, **options):
     return cross_entropy(x, target, w[0].detach().abs(), **options)
 
 
+def _linear_loss(x, w, b, **options):
+    return linear_cross_entropy(x, w, torch.arange(x.shape[0]) % 7, linear_bias=b, **options)
+
+
 def _attention(x, w, b, mask=None, inside=False, **options):
     """x as queries of three heads, w as keys and values of them."""
     q, k = (t.unflatten(-1, (3, 4)).transpose(0, 1) for t in (x, w))
@@ -71,6 +76,9 @@ FUNCTIONS = {
     "cross_entropy": _loss,
     "cross_entropy_none": functools.partial(_loss, reduction="none", z_loss=0.01, softcap=5.0),
     "cross_entropy_probabilities": functools.partial(_loss, probabilities=True, label_smoothing=0.1),
+    "linear_cross_entropy": _linear_loss,
+    "linear_cross_entropy_none": functools.partial(_linear_loss, reduction="none", z_loss=0.01, softcap=5.0),
+    "linear_cross_entropy_shifted": functools.partial(_linear_loss, shift=True, label_smoothing=0.1),
     "attention": _attention,
     "attention_heads_inside": functools.partial(_attention, inside=True, softcap=5.0),
     "attention_causal": functools.partial(_attention, is_causal=True, window=(3, 0)),

@@ -245,6 +245,7 @@ def test_layer_under_functional_call(frozen):
     [
         ("softmax", "rows", "input"),
         ("linear", "gelu_bias", "input"),
+        ("linear_cross_entropy", "mean", "linear_weight"),
         ("cross_entropy", "3x17x5", "input"),
         ("norm", "layer_rows", "input"),
         ("activation", "silu_pair_rows", "gate"),

@@ -24,6 +24,7 @@ PUBLIC = {
 PLAIN = {
     "attention": {"attn_mask"},
     "cross_entropy": {"target", "weight"},
+    "linear_cross_entropy": {"target", "weight"},
     "masked_softmax": {"mask"},
     "rope": {"cos", "sin", "positions"},
 }

@@ -20,6 +20,7 @@ from fastnn import (
     cross_entropy,
     layer_norm,
     linear,
+    linear_cross_entropy,
     log_softmax,
     rms_norm,
     rope,
@@ -139,6 +140,10 @@ STEPS = {
     "layer_norm": lambda x, w, b: layer_norm(x, x.shape[-1:], w[0], w[1]),
     "add_rms_norm": lambda x, w, b: add_rms_norm(x, x, w[0])[0],
     "cross_entropy": lambda x, w, b: cross_entropy(x, torch.zeros(len(x), dtype=torch.long), z_loss=0.1),
+    "linear_cross_entropy": lambda x, w, b: linear_cross_entropy(x, w, torch.arange(len(x)) % len(w), linear_bias=b),
+    "linear_cross_entropy_none": lambda x, w, b: linear_cross_entropy(
+        x, w, torch.arange(len(x)) % len(w), reduction="none"
+    ),
     "rope": lambda x, w, b: rope(x[None, None, :, :4], None, x.detach()[:, :4], x.detach()[:, 1:5])[0],
     "attention": lambda x, w, b: scaled_dot_product_attention(x[None, None], w[None, None], w[None, None], None, 0.1),
 }
@@ -186,6 +191,7 @@ def one_round(x, w, b):
             invalid(lambda: torch.ops.fastnn.linear_bwd(x, x, w, None, 0, list(x.shape), [True] * 3, True))
             invalid(lambda: torch.ops.fastnn.softmax_bwd(x, w, 0, False, torch.float32, True))
             invalid(lambda: cross_entropy(x, torch.full((len(x),), x.shape[1])))
+            invalid(lambda: linear_cross_entropy(x, w, torch.full((len(x),), len(w))))
             heads = [t[None, None] for t in (x, w, w)]
             invalid(lambda: torch.ops.fastnn.attention_fwd(*heads, b[1:], None, 0.0, 1.0, 0.0, -1, -1, True))
 

@@ -20,6 +20,8 @@ OWN = {"Int8Linear", "MLP", "QKVLinear", "RotaryEmbedding", "SwiGLU"}  # torch h
 
 @pytest.mark.parametrize("name", sorted(set(fastnn.nn.__all__) - OWN))
 def test_is_torchs_class_with_torchs_arguments_first(name):
+    if not hasattr(nn, name):
+        pytest.skip(f"torch {torch.__version__} has no {name}")
     ours, theirs = getattr(fastnn.nn, name), getattr(nn, name)
     assert issubclass(ours, theirs)
     known = list(inspect.signature(theirs).parameters.values())

@@ -71,6 +71,8 @@ def test_double_backward(op, name):
         ("softmax", "log_rows"),
         ("linear", "gelu_bias"),
         ("cross_entropy", "everything_mean"),
+        ("linear_cross_entropy", "everything_mean"),
+        ("linear_cross_entropy", "everything_none"),
         ("attention", "everything"),
         ("norm", "add_layer_rows"),
         ("norm", "rms_rows"),

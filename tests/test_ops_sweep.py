@@ -60,6 +60,8 @@ THREADED = [
     ("linear", "packed_wide_blocks"),
     ("linear", "packed_wide_rows"),
     ("linear", "int8_wide_blocks"),
+    ("linear_cross_entropy", "wide_many_rows"),
+    ("linear_cross_entropy", "wide_blocks"),
     ("linear", "int8_wide_columns"),
     ("masked_softmax", "wide_heads"),
     ("masked_softmax", "wide_many_rows"),

@@ -26,6 +26,8 @@ RAW = (
     "dropout_add_bwd",
     "dropout_add_fwd",
     "linear_bwd",
+    "linear_cross_entropy_bwd",
+    "linear_cross_entropy_fwd",
     "linear_fwd",
     "linear_int8_fwd",
     "linear_int8_pack",
@@ -88,6 +90,7 @@ def samples(dtype=torch.float32):
     yield from dropout_add_samples(x, deep, strided)
     yield from masked_softmax_samples(x, deep, strided)
     yield from mlp_samples(x, deep, strided, w)
+    yield from linear_cross_entropy_samples(x, strided, w, b)
 
 
 def int8_samples(x, deep, strided, bias):
@@ -189,6 +192,22 @@ def mlp_samples(x, deep, strided, w):
             packed = [torch.ops.fastnn.linear_pack(t) for t in (w, factor, back)]
         yield "mlp_packed_fwd", (values, packed[0], b_in, None, packed[2], b_out, 7, 5, 2)
         yield "mlp_packed_fwd", (values, packed[0], None, packed[1], packed[2], None, 7, 5, 4)
+
+
+def linear_cross_entropy_samples(x, strided, w, b):
+    target, weight = torch.tensor([0, 3, -100, 6, 5]), b.abs() + 0.1
+    for reduction, mask in ((0, [False] * 3), (1, [True] * 3), (2, [True, False, True])):
+        options = (reduction, -100, 0.1, 0.01, 5.0)
+        yield "linear_cross_entropy_fwd", (x, w, b, target, weight, *options, mask)
+        with torch.no_grad():
+            stats = torch.ops.fastnn.linear_cross_entropy_fwd(x, w, b, target, weight, *options, mask)[1]
+        grad = torch.ones(5)[: 5 if reduction == 0 else 1].squeeze(0)
+        yield "linear_cross_entropy_bwd", (grad, x, w, b, target, weight, stats, *options, [True, True, False])
+    plain = (1, -100, 0.0, 0.0, 0.0)
+    yield (
+        "linear_cross_entropy_fwd",
+        (strided, w.t().contiguous().t(), None, target, None, *plain, [False, True, False]),
+    )
 
 
 def dropout_add_samples(x, deep, strided):

@@ -1,8 +1,7 @@
 // torch.ops.fastnn.cross_entropy_fwd / cross_entropy_bwd.
 #include "cpu/cross_entropy.h"
 
-#include "bindings/tensor.h"
-#include "cpu/dispatch.h"
+#include "bindings/loss.h"
 #include "cuda/cross_entropy.h"
 
 // Absent where the build has no CUDA kernels.
@@ -14,28 +13,9 @@
 namespace fastnn {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-enum Reduction : int64_t { kNone, kMean, kSum };  // torch's codes
-
 // The parameters of a call, and the memory they point into.
-struct Call {
-  CrossEntropyParams p = {};
-  int64_t reduction = kMean;
-  Tensor x_holder, target_holder;
-  OptionalTensor weight_holder;  // on CUDA
-  std::vector<float> weight;
-
-  const void* class_weight() const {
-    return weight_holder ? weight_holder->const_data_ptr() : nullptr;
-  }
-  // Denominator of the mean: weights of the targets, or rows where the target is a distribution.
-  double weight_of_row(int64_t r) const {
-    if (p.target == nullptr) return 1.0;
-    if (p.target[r] == p.ignore_index) return 0.0;
-    return p.weight == nullptr ? 1.0 : p.weight[p.target[r]];
-  }
-  bool counts(int64_t r) const { return p.target == nullptr || p.target[r] != p.ignore_index; }
+struct Call : LossCall {
+  Tensor x_holder;
 };
 
 void read_call(Call& call, const char* op, const Tensor& input, const Tensor& target,
@@ -45,19 +25,9 @@ void read_call(Call& call, const char* op, const Tensor& input, const Tensor& ta
   p.dtype = checked_dtype(input, op, "input");
   FASTNN_CHECK(input.dim() == 2, ValueError, "fastnn::", op,
                ": input must be (rows, classes), got shape ", shape_of(input));
-  FASTNN_CHECK(reduction >= kNone && reduction <= kSum, ValueError, "fastnn::", op,
-               ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
-  FASTNN_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0, ValueError, "fastnn::", op,
-               ": label_smoothing must be in [0, 1], got ", label_smoothing);
-  FASTNN_CHECK(softcap >= 0.0, ValueError, "fastnn::", op, ": softcap must not be negative, got ",
-               softcap);
-  call.reduction = reduction;
+  read_loss_options(call, op, reduction, ignore_index, label_smoothing, z_loss, softcap);
   p.rows = input.size(0);
   p.classes = input.size(1);
-  p.ignore_index = ignore_index;
-  p.label_smoothing = static_cast<float>(label_smoothing);
-  p.z_loss = static_cast<float>(z_loss);
-  p.softcap = static_cast<float>(softcap);
   const Rows rows = rows_of(input, call.x_holder);
   p.x = rows.data;
   p.x_row_stride = rows.row_stride;
@@ -66,13 +36,11 @@ void read_call(Call& call, const char* op, const Tensor& input, const Tensor& ta
     p.x = call.x_holder.const_data_ptr();
     p.x_row_stride = p.classes;
   }
-  check_device(target, op, "target");
-  call.target_holder = target.is_contiguous() ? target : torch::stable::contiguous(target);
   if (target.scalar_type() == ScalarType::Long) {
-    FASTNN_CHECK(target.dim() == 1 && target.size(0) == p.rows, ValueError, "fastnn::", op,
-                 ": class indices must have shape (", p.rows, ",), got ", shape_of(target));
-    p.target = static_cast<const int64_t*>(call.target_holder.const_data_ptr());
+    read_class_indices(call, op, target);
   } else {
+    check_device(target, op, "target");
+    call.target_holder = target.is_contiguous() ? target : torch::stable::contiguous(target);
     FASTNN_CHECK(
         checked_dtype(target, op, "target") == p.dtype, TypeError, "fastnn::", op,
         ": target must hold class indices (int64) or probabilities of the input's type, got ",
@@ -82,31 +50,7 @@ void read_call(Call& call, const char* op, const Tensor& input, const Tensor& ta
                  shape_of(target));
     p.probabilities = call.target_holder.const_data_ptr();
   }
-  if (weight) {
-    FASTNN_CHECK(checked_dtype(*weight, op, "weight") == p.dtype && weight->dim() == 1 &&
-                     weight->size(0) == p.classes,
-                 ValueError, "fastnn::", op, ": weight must have shape (", p.classes,
-                 ",) and the input's type, got ", shape_of(*weight), " ",
-                 dtype_name(weight->scalar_type()));
-  }
-  if (DeviceScope::current().cuda()) {  // weights and targets are looked at there
-    if (weight) call.weight_holder = torch::stable::contiguous(*weight);
-    return;
-  }
-  if (weight) {
-    call.weight.resize(static_cast<size_t>(p.classes));
-    kernels().to_float32(weight->const_data_ptr(), weight->stride(0), p.dtype, p.classes,
-                         call.weight.data());
-    p.weight = call.weight.data();
-    double sum = 0.0;
-    for (const float w : call.weight) sum += w;
-    p.weight_sum = static_cast<float>(sum);
-  } else {
-    p.weight_sum = static_cast<float>(p.classes);
-  }
-  const int64_t bad = first_bad_target(p);
-  FASTNN_CHECK(bad < 0, IndexError, "fastnn::", op, ": target ", p.target[bad], " of row ", bad,
-               " is neither in [0, ", p.classes, ") nor ignore_index = ", ignore_index);
+  read_class_weight(call, op, weight, {p.dtype, p.dtype});
 }
 
 // (loss, stats (rows, 2), divisors (2)): the mean divides the loss by the first and the z term by
@@ -140,35 +84,9 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& input, const Tensor& target
       row_z(static_cast<size_t>(z_loss != 0.0 ? rows : 0));
   cross_entropy_fwd({call.p, row_loss.data(), z_loss != 0.0 ? row_z.data() : nullptr,
                      static_cast<float*>(stats.mutable_data_ptr())});
-  // In index order and in double: the same bits for any number of threads.
-  double loss_sum = 0.0, z_sum = 0.0, weights = 0.0, count = 0.0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto i = static_cast<size_t>(r);
-    if (reduction == kNone) {
-      if (!row_z.empty()) row_loss[i] += row_z[i];
-      continue;
-    }
-    loss_sum += row_loss[i];
-    if (!row_z.empty()) z_sum += row_z[i];
-    weights += call.weight_of_row(r);
-    count += call.counts(r) ? 1.0 : 0.0;
-  }
   auto* const divisor = static_cast<float*>(divisors.mutable_data_ptr());
-  divisor[0] = reduction == kMean ? static_cast<float>(weights) : 1.f;
-  divisor[1] = reduction == kMean ? static_cast<float>(count) : 1.f;
-  if (reduction == kNone) {
-    Tensor loss = new_output({rows}, call.p.dtype);
-    kernels().from_float32(row_loss.data(), rows, call.p.dtype, loss.mutable_data_ptr());
-    return {loss, stats, divisors};
-  }
-  if (reduction == kMean) {
-    loss_sum /= weights;
-    z_sum /= count;
-  }
-  const auto total = static_cast<float>(row_z.empty() ? loss_sum : loss_sum + z_sum);
-  Tensor loss = new_output({}, call.p.dtype);
-  kernels().from_float32(&total, 1, call.p.dtype, loss.mutable_data_ptr());
-  return {loss, stats, divisors};
+  set_divisors(call, divisor);
+  return {reduced_loss(call, row_loss, row_z, call.p.dtype), stats, divisors};
 }
 
 Tensor bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
@@ -211,15 +129,9 @@ Tensor bwd(const Tensor& grad, const Tensor& input, const Tensor& target,
     FASTNN_CUDA_KERNEL(cross_entropy_bwd)(b);
     return dx;
   }
-  const int64_t count = per_row ? rows : 1;
-  std::vector<float> scale(static_cast<size_t>(count)), z_scale;
-  kernels().to_float32(grad.const_data_ptr(), per_row ? grad.stride(0) : 1, grad_dtype, count,
-                       scale.data());
-  z_scale = scale;
-  for (float& s : scale) s /= divisor[0];
-  for (float& s : z_scale) s /= divisor[1];
-  cross_entropy_bwd(
-      {call.p, row_stats, scale.data(), z_scale.data(), per_row ? 1 : 0, dx.mutable_data_ptr()});
+  const RowScales scales(call, grad, grad_dtype, divisor);
+  cross_entropy_bwd({call.p, row_stats, scales.loss.data(), scales.z.data(), scales.stride,
+                     dx.mutable_data_ptr()});
   return dx;
 }
 

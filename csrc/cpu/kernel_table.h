@@ -96,6 +96,11 @@ struct LinearKernels {
   void (*linear_slope)(const LinearBwdParams& p, int64_t begin, int64_t end, void* dz, float* sums);
 };
 
+struct LinearCrossEntropyKernels {
+  // All rows, classes [first, last).
+  void (*logit_gradient)(const LogitGradientParams& p, int64_t first, int64_t last);
+};
+
 struct LinearInt8Kernels {
   // Codes of rows [begin, end), their bits flipped by `flip`, rows code_stride bytes apart, and the
   // rows' scales; strips [s0, s1) of a weight's codes (N x K bytes) and, for each of their columns,
@@ -149,20 +154,21 @@ struct VectorMathKernels {
 
 // Every part, in the order of its name: PART(Softmax, softmax, isa) stands for the struct
 // SoftmaxKernels and the file kernels/softmax.cpp.
-#define FASTNN_KERNEL_PARTS(PART, isa)     \
-  PART(Activation, activation, isa)        \
-  PART(Attention, attention, isa)          \
-  PART(CrossEntropy, cross_entropy, isa)   \
-  PART(DropoutAdd, dropout_add, isa)       \
-  PART(Gemm, gemm, isa)                    \
-  PART(Limits, limits, isa)                \
-  PART(Linear, linear, isa)                \
-  PART(LinearInt8, linear_int8, isa)       \
-  PART(MaskedSoftmax, masked_softmax, isa) \
-  PART(Mlp, mlp, isa)                      \
-  PART(Norm, norm, isa)                    \
-  PART(Rope, rope, isa)                    \
-  PART(Softmax, softmax, isa)              \
+#define FASTNN_KERNEL_PARTS(PART, isa)                \
+  PART(Activation, activation, isa)                   \
+  PART(Attention, attention, isa)                     \
+  PART(CrossEntropy, cross_entropy, isa)              \
+  PART(DropoutAdd, dropout_add, isa)                  \
+  PART(Gemm, gemm, isa)                               \
+  PART(Limits, limits, isa)                           \
+  PART(Linear, linear, isa)                           \
+  PART(LinearCrossEntropy, linear_cross_entropy, isa) \
+  PART(LinearInt8, linear_int8, isa)                  \
+  PART(MaskedSoftmax, masked_softmax, isa)            \
+  PART(Mlp, mlp, isa)                                 \
+  PART(Norm, norm, isa)                               \
+  PART(Rope, rope, isa)                               \
+  PART(Softmax, softmax, isa)                         \
   PART(VectorMath, vector_math, isa)
 
 struct KernelTable : ActivationKernels,
@@ -172,6 +178,7 @@ struct KernelTable : ActivationKernels,
                      GemmKernels,
                      LimitsKernels,
                      LinearKernels,
+                     LinearCrossEntropyKernels,
                      LinearInt8Kernels,
                      MaskedSoftmaxKernels,
                      MlpKernels,

@@ -41,6 +41,7 @@ class Guarded {
 
   T* data() { return reinterpret_cast<T*>(first_); }
   const T* data() const { return reinterpret_cast<const T*>(first_); }
+  int64_t bytes() const { return bytes_; }
   T& operator[](int64_t i) { return data()[i]; }
   const T& operator[](int64_t i) const { return data()[i]; }
 

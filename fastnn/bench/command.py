@@ -109,7 +109,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _options(arguments: argparse.Namespace) -> Options:
     return Options(
-        families=tuple(dict.fromkeys(arguments.what)),
+        families=tuple(dict.fromkeys(name.replace("-", "_") for name in arguments.what)),
         only=arguments.only,
         sweep=arguments.sweep,
         contenders=tuple(filter(None, re.split(r"[,\s]+", arguments.contenders))),

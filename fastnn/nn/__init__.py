@@ -4,7 +4,7 @@ from .activation import GELU, Hardswish, ReLU, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
 from .linear import Linear
 from .linear_int8 import Int8Linear
-from .loss import CrossEntropyLoss
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .mlp import MLP, QKVLinear, SwiGLU
 from .norm import LayerNorm, RMSNorm
 from .rope import RotaryEmbedding
@@ -18,6 +18,7 @@ __all__ = [
     "Int8Linear",
     "LayerNorm",
     "Linear",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "MultiheadAttention",
     "QKVLinear",

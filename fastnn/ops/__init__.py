@@ -5,6 +5,7 @@ from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
 from .linear_int8 import linear_int8, quantize_rows
 from .masked_softmax import masked_softmax
 from .mlp import mlp, swiglu_mlp
@@ -22,6 +23,7 @@ __all__ = [
     "hardswish",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "linear_int8",
     "log_softmax",
     "masked_softmax",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fault import Fault as Fault
 from faults_attention import ATTENTION_FAULTS, LOSS_FAULTS
 from faults_int8 import INT8_FAULTS
+from faults_losses import LINEAR_LOSS_FAULTS
 from faults_mlp import MLP_FAULTS
 from faults_products import BINDING_FAULTS, KERNEL_FAULTS, PYTHON_FAULTS
 from faults_rows import ACTIVATION_FAULTS, DROPOUT_FAULTS, MASKED_FAULTS, NORM_FAULTS, ROPE_FAULTS
@@ -18,6 +19,7 @@ FAULTS = [
     *BINDING_FAULTS,
     *PYTHON_FAULTS,
     *LOSS_FAULTS,
+    *LINEAR_LOSS_FAULTS,
     *ATTENTION_FAULTS,
     *NORM_FAULTS,
     *ACTIVATION_FAULTS,

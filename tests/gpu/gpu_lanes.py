@@ -18,6 +18,7 @@ STAND_FOR = {
     "attention": ("causal", "grouped", "blocked_full", "dropout", "everything", "few"),
     "cross_entropy": ("mean", "everything_mean", "probabilities_mean", "none"),
     "linear": ("None_bias", "gelu_tanh_bias", "relu_bias", "9x49x35"),
+    "linear_cross_entropy": ("everything_mean", "none"),
     "dropout_add": ("rows_0.3",),
     "masked_softmax": ("rows_bool", "causal_own"),
     "mlp": ("plain_gelu", "gated_silu"),

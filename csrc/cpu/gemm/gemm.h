@@ -27,7 +27,9 @@ constexpr int64_t kFewRows = 16;
 constexpr int64_t kBlockColumns = 96;  // NC: two panels, this and the next, fit L2 together
 constexpr int64_t kGatherColumns =
     384;  // where rows of A are packed on the way: packed half as often, and
-constexpr int64_t kGatherUnits = 512;     // ... a panel twice as wide is half as deep to stay in L2
+constexpr int64_t kGatherUnits = 512;  // ... a panel twice as wide is half as deep to stay in L2
+// Tiles of rows of A packed in one go: neighbouring tiles of a turned A share its cache lines.
+constexpr int64_t kPackedTiles = 4;
 constexpr int64_t kBlockRows = 512;       // rows of partial sums held while K is split
 constexpr int64_t kSwappedMaxRows = 128;  // above, packing the weight on the way is cheaper
 constexpr int64_t kSwappedGroup = 48;     // weight rows between two transpositions
@@ -106,6 +108,11 @@ FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m, int64_t rows,
   }
 }
 
+// Of a tile's packed rows, so many units deep.
+inline int64_t row_panel_floats(int64_t depth) {
+  return kTileRows * (round_up(depth, kLanes) + kStrip);
+}
+
 struct Blocking {
   int64_t units, block_units, block_columns, block_rows;
   bool split_k;
@@ -135,7 +142,7 @@ TileScratch tile_scratch(const GemmParams& p) {
   const int64_t depth = min_of(k.units, k.block_units);
   TileScratch s;
   s.sums = round_up((k.split_k ? min_of(p.M, k.block_rows) : kTileRows) * k.block_columns, kStrip);
-  s.rows = reads_in_place<Dot, T>(p.a, p.K) ? 0 : kTileRows * (round_up(depth, kLanes) + kStrip);
+  s.rows = reads_in_place<Dot, T>(p.a, p.K) ? 0 : kPackedTiles * row_panel_floats(depth);
   s.panel = p.b_packed != nullptr ? 0 : k.block_columns * depth;
   return s;
 }
@@ -174,6 +181,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           const int64_t next_columns = min_of(k.block_columns, n_end - n0 - columns);
           ahead.end = ahead.next + (next_columns + kStrip - 1) / kStrip * strip_floats * 4;
         }
+        RowPanel ahead_rows[kPackedTiles];
         for (int64_t i = 0; i < row_tiles; ++i) {
           const int64_t r0 = rows * i / row_tiles,
                         r1 = rows * (i + 1) / row_tiles;  // balanced: no thin last tile
@@ -184,7 +192,14 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
                 static_cast<const T*>(p.a.data) + (m0 + r0) * p.a.row_stride + u0 * Dot::kPerUnit;
             a = {reinterpret_cast<const char*>(data), p.a.row_stride * (int64_t)sizeof(T), 4};
           } else {
-            a = pack_rows<Dot, T, kTileRows>(p.a, p.K, m0 + r0, r1 - r0, u0, u1, packed_rows);
+            const int64_t at = i % kPackedTiles;
+            for (int64_t j = i; at == 0 && j < min_of(i + kPackedTiles, row_tiles); ++j) {
+              const int64_t j0 = rows * j / row_tiles, j1 = rows * (j + 1) / row_tiles;
+              ahead_rows[j - i] =
+                  pack_rows<Dot, T, kTileRows>(p.a, p.K, m0 + j0, j1 - j0, u0, u1,
+                                               packed_rows + (j - i) * row_panel_floats(u1 - u0));
+            }
+            a = ahead_rows[at];
           }
           if (last) prefetch_output(p, m0 + r0, r1 - r0, n0, columns);
           run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,

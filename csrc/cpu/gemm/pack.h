@@ -36,28 +36,30 @@ FASTNN_INLINE void pack_strip_along_k(const T* b, int64_t column_stride, int64_t
   }
 }
 
-// The same where neighbouring columns are next to each other: rows are copied, converted or
-// interleaved by pairs.
+// Strips of columns [0, columns) where neighbouring columns are next to each other: rows are
+// copied, converted or interleaved by pairs. All strips of a row before the next row: its cache
+// lines are neighbours, those of two rows are pages apart.
 template <class Dot, class T>
-FASTNN_INLINE void pack_strip_along_n(const T* b, int64_t row_stride, int64_t columns, int64_t K,
-                                      int64_t u0, int64_t u1, float* out) {
+FASTNN_INLINE void pack_strips_along_n(const T* b, int64_t row_stride, int64_t columns, int64_t K,
+                                       int64_t u0, int64_t u1, float* out, int64_t strip_floats,
+                                       int64_t strips) {
   for (int64_t u = u0; u < u1; ++u, out += kStrip) {
     const T* const row = b + u * Dot::kPerUnit * row_stride;
-    for (int64_t group = 0; group < kStrip; group += kLanes) {
+    for (int64_t group = 0; group < strips * kStrip; group += kLanes) {
+      float* const to = out + group / kStrip * strip_floats + group % kStrip;
       const int count = (int)(columns - group < kLanes ? columns - group : kLanes);
       if (count <= 0) {
-        store(out + group, zero());
+        store(to, zero());
       } else if constexpr (Dot::kPerUnit == 1) {
-        store(out + group, load_some(row + group, count));
+        store(to, load_some(row + group, count));
       } else if constexpr (Dot::kPerUnit == 2) {
         const bool pair = u * 2 + 1 < K;
         const Vec odd = pair ? load_some(row + row_stride + group, count) : zero();
-        store(out + group, interleave_pairs(load_some(row + group, count), odd));
+        store(to, interleave_pairs(load_some(row + group, count), odd));
       } else {
         for (int n = 0; n < kLanes; ++n) {
-          out[group + n] =
-              n < count ? gather_unit<Dot>(row + group + n, row_stride, K - u * Dot::kPerUnit)
-                        : 0.f;
+          to[n] = n < count ? gather_unit<Dot>(row + group + n, row_stride, K - u * Dot::kPerUnit)
+                            : 0.f;
         }
       }
     }
@@ -84,14 +86,16 @@ template <class Dot, class T>
 void pack_panel(const Matrix& b, int64_t N, int64_t K, int64_t n0, int64_t strips, int64_t u0,
                 int64_t u1, float* out, int64_t strip_floats) {
   const T* const data = static_cast<const T*>(b.data);
+  if (b.col_stride == 1 && b.row_stride != 1) {
+    return pack_strips_along_n<Dot>(data + n0, b.row_stride, N - n0, K, u0, u1, out, strip_floats,
+                                    strips);
+  }
   for (int64_t s = 0; s < strips; ++s, out += strip_floats) {
     const int64_t n = n0 + s * kStrip;
     const int64_t columns = N - n < kStrip ? N - n : kStrip;
     const T* const strip = data + n * b.col_stride;
     if (b.row_stride == 1) {
       pack_strip_along_k<Dot>(strip, b.col_stride, columns, K, u0, u1, out);
-    } else if (b.col_stride == 1) {
-      pack_strip_along_n<Dot>(strip, b.row_stride, columns, K, u0, u1, out);
     } else {
       pack_strip_strided<Dot>(strip, b.row_stride, b.col_stride, columns, K, u0, u1, out);
     }
@@ -134,6 +138,20 @@ struct RowPanel {
   int64_t row_bytes, unit_bytes;
 };
 
+// One unit each of MR neighbouring rows. By vectors: the gradient of a weight packs all of its
+// incoming gradient so.
+template <class Dot, int MR, class T>
+FASTNN_INLINE void gather_units(const T* p, int64_t stride, int64_t elements, float* out) {
+  if constexpr (Dot::kPerUnit == 1) {
+    store_some(out, load_some(p, MR), MR);
+  } else if constexpr (Dot::kPerUnit == 2) {
+    const Vec odd = elements > 1 ? load_some(p + stride, MR) : zero();
+    store_some(out, interleave_pairs(load_some(p, MR), odd), MR);
+  } else {
+    for (int i = 0; i < MR; ++i) out[i] = gather_unit<Dot>(p + i, stride, elements);
+  }
+}
+
 template <class Dot, class T, int MR>
 FASTNN_INLINE RowPanel pack_rows(const Matrix& a, int64_t K, int64_t m, int64_t rows, int64_t u0,
                                  int64_t u1, float* out) {
@@ -157,8 +175,7 @@ FASTNN_INLINE RowPanel pack_rows(const Matrix& a, int64_t K, int64_t m, int64_t 
     const int64_t k = u * Dot::kPerUnit;
     const T* const column = data + k * a.col_stride;
     if (a.row_stride == 1 && rows == MR) {
-      FASTNN_UNROLL for (int i = 0; i < MR; ++i) o[i] =
-          gather_unit<Dot>(column + i, a.col_stride, K - k);
+      gather_units<Dot, MR>(column, a.col_stride, K - k, o);
     } else {
       for (int64_t i = 0; i < rows; ++i)
         o[i] = gather_unit<Dot>(column + i * a.row_stride, a.col_stride, K - k);

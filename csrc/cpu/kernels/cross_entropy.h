@@ -126,92 +126,103 @@ void cross_entropy_fwd_rows(const CrossEntropyFwdParams& f, int64_t begin, int64
   }
 }
 
-// dx = slope of the cap * (softmax * scale_of_softmax - share of the target * scale).
+// dx = slope of the cap * (softmax * scale_of_softmax - share of the target * scale), of row r and
+// classes [first, last).
+template <class T, bool kCap, TargetKind kKind, class D>
+FASTNN_INLINE void cross_entropy_bwd_row(const CrossEntropyBwdParams& b, int64_t r, int64_t first,
+                                         int64_t last, D* dx) {
+  const CrossEntropyParams& p = b.loss;
+  const T* const x = static_cast<const T*>(p.x) + r * p.x_row_stride;
+  const int64_t t = kKind == TargetKind::kProbabilities ? 0 : p.target[r];
+  if (kKind != TargetKind::kProbabilities && t == p.ignore_index) {
+    for (int64_t i = first; i < last; i += kLanes) {
+      store_some(dx + (i - first), zero(), last - i < kLanes ? (int)(last - i) : kLanes);
+    }
+    return;
+  }
+  const T* const q = kKind == TargetKind::kProbabilities
+                         ? static_cast<const T*>(p.probabilities) + r * p.classes
+                         : nullptr;
+  const Logits<T, kCap> logits = {x, p.softcap};
+  const float scale = b.scale[r * b.scale_stride];
+  const float max = b.stats[2 * r], log_sum = b.stats[2 * r + 1];
+  float share_sum = 0.f;  // of the target over all classes, weighted
+  if constexpr (kKind == TargetKind::kIndex) {
+    share_sum = (1.f - p.label_smoothing) * class_weight(p, t);
+  } else if constexpr (kKind == TargetKind::kSmoothed) {
+    share_sum = (1.f - p.label_smoothing) * class_weight(p, t) +
+                p.label_smoothing / (float)p.classes * p.weight_sum;
+  } else {
+    share_sum = row_sum(p.classes, [&](int64_t i, int count) __attribute__((always_inline)) {
+      return target_share<kKind>(p, q, i, count);
+    });
+  }
+  const float z =
+      p.z_loss != 0.f ? 2.f * p.z_loss * (max + log_sum) * b.z_scale[r * b.scale_stride] : 0.f;
+  const float softmax_scale = scale * share_sum;
+  // Products rounded alike and then subtracted: where softmax and target agree the gradient is
+  // exactly z's.
+  auto gradient = [&](const typename Logits<T, kCap>::Value& v, Vec share)
+                      __attribute__((always_inline)) {
+                        const Vec e = exp((v.logit - max) - log_sum);
+                        const Vec g = fma(e, splat(z), e * softmax_scale - share * scale);
+                        return kCap ? g * v.slope : g;
+                      };
+  for (int64_t i = first; i < last; i += kLanes) {
+    const int count = last - i < kLanes ? (int)(last - i) : kLanes;
+    Vec share = zero();
+    if constexpr (kKind != TargetKind::kIndex) share = target_share<kKind>(p, q, i, count);
+    store_some(dx + (i - first), gradient(logits.value(i, count), share), count);
+  }
+  if (kKind != TargetKind::kProbabilities && first <= t && t < last) {
+    // The target's own class once more, from its unrounded parts.
+    float own = (1.f - p.label_smoothing) * class_weight(p, t);
+    if constexpr (kKind == TargetKind::kSmoothed) {
+      own += p.label_smoothing / (float)p.classes * class_weight(p, t);
+    }
+    store_first(dx + (t - first), gradient(logits.value_of_one(t), splat(own)), 1);
+  }
+}
+
 template <class T, bool kCap, TargetKind kKind>
 void cross_entropy_bwd_rows(const CrossEntropyBwdParams& b, int64_t begin, int64_t end) {
-  const CrossEntropyParams& p = b.loss;
+  const int64_t classes = b.loss.classes;
   for (int64_t r = begin; r < end; ++r) {
-    const T* const x = static_cast<const T*>(p.x) + r * p.x_row_stride;
-    T* const dx = static_cast<T*>(b.dx) + r * p.classes;
-    const int64_t t = kKind == TargetKind::kProbabilities ? 0 : p.target[r];
-    if (kKind != TargetKind::kProbabilities && t == p.ignore_index) {
-      for (int64_t i = 0; i < p.classes; i += kLanes) {
-        store_some(dx + i, zero(), p.classes - i < kLanes ? (int)(p.classes - i) : kLanes);
-      }
-      continue;
-    }
-    const T* const q = kKind == TargetKind::kProbabilities
-                           ? static_cast<const T*>(p.probabilities) + r * p.classes
-                           : nullptr;
-    const Logits<T, kCap> logits = {x, p.softcap};
-    const float scale = b.scale[r * b.scale_stride];
-    const float max = b.stats[2 * r], log_sum = b.stats[2 * r + 1];
-    float share_sum = 0.f;  // of the target over all classes, weighted
-    if constexpr (kKind == TargetKind::kIndex) {
-      share_sum = (1.f - p.label_smoothing) * class_weight(p, t);
-    } else if constexpr (kKind == TargetKind::kSmoothed) {
-      share_sum = (1.f - p.label_smoothing) * class_weight(p, t) +
-                  p.label_smoothing / (float)p.classes * p.weight_sum;
-    } else {
-      share_sum = row_sum(p.classes, [&](int64_t i, int count) __attribute__((always_inline)) {
-        return target_share<kKind>(p, q, i, count);
-      });
-    }
-    const float z =
-        p.z_loss != 0.f ? 2.f * p.z_loss * (max + log_sum) * b.z_scale[r * b.scale_stride] : 0.f;
-    const float softmax_scale = scale * share_sum;
-    // Products rounded alike and then subtracted: where softmax and target agree the gradient is
-    // exactly z's.
-    auto gradient = [&](const typename Logits<T, kCap>::Value& v, Vec share)
-                        __attribute__((always_inline)) {
-                          const Vec e = exp((v.logit - max) - log_sum);
-                          const Vec g = fma(e, splat(z), e * softmax_scale - share * scale);
-                          return kCap ? g * v.slope : g;
-                        };
-    for (int64_t i = 0; i < p.classes; i += kLanes) {
-      const int count = p.classes - i < kLanes ? (int)(p.classes - i) : kLanes;
-      Vec share = zero();
-      if constexpr (kKind != TargetKind::kIndex) share = target_share<kKind>(p, q, i, count);
-      store_some(dx + i, gradient(logits.value(i, count), share), count);
-    }
-    if constexpr (kKind != TargetKind::kProbabilities) {
-      // The target's own class once more, from its unrounded parts.
-      float own = (1.f - p.label_smoothing) * class_weight(p, t);
-      if constexpr (kKind == TargetKind::kSmoothed) {
-        own += p.label_smoothing / (float)p.classes * class_weight(p, t);
-      }
-      store_first(dx + t, gradient(logits.value_of_one(t), splat(own)), 1);
-    }
+    cross_entropy_bwd_row<T, kCap, kKind>(b, r, 0, classes, static_cast<T*>(b.dx) + r * classes);
   }
 }
 
 template <class F>
+FASTNN_INLINE void with_kind_and_cap(const CrossEntropyParams& p, F f) {
+  auto with_cap = [&](auto kind) {
+    if (p.softcap != 0.f) {
+      f(std::true_type{}, kind);
+    } else {
+      f(std::false_type{}, kind);
+    }
+  };
+  if (p.probabilities != nullptr) {
+    with_cap(std::integral_constant<TargetKind, TargetKind::kProbabilities>{});
+  } else if (p.label_smoothing != 0.f) {
+    with_cap(std::integral_constant<TargetKind, TargetKind::kSmoothed>{});
+  } else {
+    with_cap(std::integral_constant<TargetKind, TargetKind::kIndex>{});
+  }
+}
+template <class F>
 FASTNN_INLINE void with_loss_kind(const CrossEntropyParams& p, F f) {
   with_type(p.dtype, [&](auto type) {
-    auto with_cap = [&](auto kind) {
-      if (p.softcap != 0.f) {
-        f(type, std::true_type{}, kind);
-      } else {
-        f(type, std::false_type{}, kind);
-      }
-    };
-    if (p.probabilities != nullptr) {
-      with_cap(std::integral_constant<TargetKind, TargetKind::kProbabilities>{});
-    } else if (p.label_smoothing != 0.f) {
-      with_cap(std::integral_constant<TargetKind, TargetKind::kSmoothed>{});
-    } else {
-      with_cap(std::integral_constant<TargetKind, TargetKind::kIndex>{});
-    }
+    with_kind_and_cap(p, [&](auto cap, auto kind) { f(type, cap, kind); });
   });
 }
 
-void cross_entropy_fwd(const CrossEntropyFwdParams& p, int64_t begin, int64_t end) {
+inline void cross_entropy_fwd(const CrossEntropyFwdParams& p, int64_t begin, int64_t end) {
   with_loss_kind(p.loss, [&](auto type, auto cap, auto kind) {
     cross_entropy_fwd_rows<decltype(type), decltype(cap)::value, decltype(kind)::value>(p, begin,
                                                                                         end);
   });
 }
-void cross_entropy_bwd(const CrossEntropyBwdParams& p, int64_t begin, int64_t end) {
+inline void cross_entropy_bwd(const CrossEntropyBwdParams& p, int64_t begin, int64_t end) {
   with_loss_kind(p.loss, [&](auto type, auto cap, auto kind) {
     cross_entropy_bwd_rows<decltype(type), decltype(cap)::value, decltype(kind)::value>(p, begin,
                                                                                         end);

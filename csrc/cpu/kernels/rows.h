@@ -49,15 +49,6 @@ FASTNN_INLINE float row_sum(int64_t n, F f) {
       .sum[0];
 }
 
-template <class T>
-FASTNN_INLINE void store_some(T* p, Vec v, int count) {
-  if (count == kLanes) {
-    store(p, v);
-  } else {
-    store_first(p, v, count);
-  }
-}
-
 template <bool kStream, class T>
 FASTNN_INLINE void put_some(T* p, Vec v, int count) {
   if (count == kLanes) {

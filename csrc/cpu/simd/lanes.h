@@ -12,6 +12,15 @@ template <class T>
 FASTNN_INLINE Vec load_some(const T* p, int count) {
   return count == kLanes ? load(p) : load_first(p, count, 0.f);
 }
+// The first `count` lanes to memory.
+template <class T>
+FASTNN_INLINE void store_some(T* p, Vec v, int count) {
+  if (count == kLanes) {
+    store(p, v);
+  } else {
+    store_first(p, v, count);
+  }
+}
 
 // Element columns [n, n + count) of one row; columns may be apart (an expanded gradient has stride
 // 0).
