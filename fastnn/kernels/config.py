@@ -166,17 +166,18 @@ def norm_bwd_config(columns: int, rows: int, arch: Arch, narrow: bool = False) -
 
 
 @functools.cache
-def loss_config(columns: int, rows: int, arch: Arch) -> Rows:
+def loss_config(columns: int, rows: int, arch: Arch, narrow: bool = False) -> Rows:
     """Tile of cross-entropy. Vocabularies are longer than a program's registers, and are read in blocks of 8192.
 
     Four programs of eight warps, 32 elements a thread, fill the memory's latency; the running maximum and sum are kept
-    for every fourth element, so that a logit costs one exponential and a quarter.
+    for every fourth element, so that a logit costs one exponential and a quarter. `narrow`: as in `rows_config`, for
+    short rows; blocks of long ones have registers enough.
     """
     largest, step = (32, 32) if arch.name == "interpreted" else (4096, 8192)
     block = power_of_2(columns, 16)
     if block > largest:
         return Rows(1, step, False, 8)
-    tile = 16384 if arch.name == "interpreted" else 2048
+    tile = 16384 if arch.name == "interpreted" else 1024 if narrow else 2048
     together = min(max(tile // block, 1), power_of_2(rows))
     return Rows(together, block, True, min(max(together * block // 512, 4), 8))
 
