@@ -267,6 +267,23 @@ class Attention(NamedTuple):
     stages: int
 
 
+def _attention_float32(kernel: str, wide: int, precision: str, rich: bool, ragged: bool, arch: Arch) -> Attention:
+    """`attention_config` in float32, for `wide` features."""
+    amd = arch.name.startswith("gfx")
+    if wide > 128:
+        many = arch.name == "sm_80" or (arch.name == "sm_120" and kernel == "dkv" and ragged)
+        return Attention(16, 16, 8 if many else 4, 1)  # the other number spilled 8 to 48 bytes
+    warps = 4 if amd and kernel != "fwd" else 8
+    if arch.name == "sm_90" and kernel == "dq" and precision == "tf32" and wide == 64:
+        warps = 4  # eight spilled 8 bytes with Triton 3.6
+    if arch.name == "sm_80" and kernel == "dq" and ragged:
+        warps = 4
+    stages = 1 if amd or (rich and kernel == "dkv") else 2
+    if arch.name == "sm_80" and rich and kernel == "dkv" and wide <= 64:
+        return Attention(16, 32, 4, 2)  # eight warps spilled 8 bytes
+    return Attention(32 if wide <= 64 else 16, 16 if rich and wide > 64 else 32, warps, stages)
+
+
 @functools.cache
 def attention_config(
     kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, precision: str, rich: bool, arch: Arch
@@ -288,18 +305,7 @@ def attention_config(
     ragged = S_q % 16 != 0 or S_k % 16 != 0
     amd = arch.name.startswith("gfx")
     if itemsize == 4:
-        if wide > 128:
-            many = arch.name == "sm_80" or (arch.name == "sm_120" and kernel == "dkv" and ragged)
-            return Attention(16, 16, 8 if many else 4, 1)  # the other number spilled 8 to 48 bytes
-        warps = 4 if amd and kernel != "fwd" else 8
-        if arch.name == "sm_90" and kernel == "dq" and precision == "tf32" and wide == 64:
-            warps = 4  # eight spilled 8 bytes with Triton 3.6
-        if arch.name == "sm_80" and kernel == "dq" and ragged:
-            warps = 4
-        stages = 1 if amd or (rich and kernel == "dkv") else 2
-        if arch.name == "sm_80" and rich and kernel == "dkv" and wide <= 64:
-            return Attention(16, 32, 4, 2)  # eight warps spilled 8 bytes
-        return Attention(32 if wide <= 64 else 16, 16 if rich and wide > 64 else 32, warps, stages)
+        return _attention_float32(kernel, wide, precision, rich, ragged, arch)
     if S_q <= 16 and kernel != "dkv":
         return Attention(16, 64 if wide <= 128 else 32, 4, 2)
     hopper = arch.name in ("sm_90", "sm_100")
