@@ -78,7 +78,8 @@ cuda: $(STAMPS)/cmake $(STAMPS)/extra-build $(STAMPS)/extra-test
 audit-gpu: $(STAMPS)/cmake $(STAMPS)/extra-build $(STAMPS)/extra-gpu
 	@$(call cuda-build,80;86;89;90;100;120,fastnn_cuda)
 	@$(ENV) $(PY) tools/triton_aot.py --out build/triton
-	@$(ENV) $(PY) tools/gpu_audit --write docs/gpu_audit.md build/cuda/CMakeFiles/fastnn_cuda.dir build/triton
+	@$(ENV) $(PY) tools/triton_aot.py --odd
+	@$(ENV) $(PY) tools/gpu_audit --jobs $$(nproc) --cache build/audit --write docs/gpu_audit.md build/cuda/CMakeFiles/fastnn_cuda.dir build/triton
 
 rows: $(STAMPS)/extension $(STAMPS)/extra-test
 	@$(PY) -m fastnn bench softmax linear

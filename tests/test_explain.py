@@ -13,7 +13,7 @@ from torch import nn
 
 import fastnn
 from fastnn import _extension
-from fastnn.accelerate.explain import Explanation, Part, copied_by_16_bytes
+from fastnn.accelerate.explain import Explanation, Part, _note, copied_by_16_bytes
 from fastnn.accelerate.table import Column, pattern, shortened
 
 
@@ -133,6 +133,15 @@ def test_operands_that_the_cuda_kernels_read_by_elements():
         assert copied_by_16_bytes(t), t.stride()
     for t in (half[:, 1:], half[:, ::2], half[:, :60].contiguous(), half[:, 1]):
         assert not copied_by_16_bytes(t), t.stride()
+
+
+def test_what_gpu_kernels_do_with_operands_off_their_boundaries_is_said():
+    layer, attention = torch.nn.Linear(3, 5), torch.nn.MultiheadAttention(80, 2)
+    assert "one element at a time" in _note(layer, "linear_fwd", "cuda", True)
+    assert "copied" in _note(layer, "linear_fwd + gelu", "triton", True)
+    assert not _note(layer, "linear_fwd", "triton", False) and not _note(layer, "linear_fwd", "cpu", True)
+    assert "16 features" in _note(attention, "attention_fwd", "triton", False)
+    assert not _note(attention, "attention_fwd", "cuda", False)
 
 
 def test_a_note_stands_beside_the_kernel():

@@ -157,6 +157,7 @@ print(*{launch.kernel.__name__ for arch in ("sm_80", "sm_90")
         assert status == 0 and " 0 break a rule" in out, out[-3000:]
 
     @pytest.mark.slow
-    def test_everything_compiles(self):
-        status, out = run(self.TOOL)
+    @pytest.mark.parametrize("shapes", [(), ("--odd",)], ids=["aligned", "odd"])
+    def test_everything_compiles(self, shapes):
+        status, out = run(self.TOOL, *shapes)
         assert status == 0, "\n".join(line for line in out.splitlines() if line.rstrip()[-1:] not in " 0123456789")

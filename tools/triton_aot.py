@@ -6,7 +6,7 @@ The operators run on tensors without memory; every launch is recorded instead of
 have been (types, alignment, configuration of that architecture). Rules: it compiles; nothing spills; shared memory
 fits; products in half precision use wgmma on sm_90 and tcgen05 on sm_100. Exit status 1 where one is broken. `--out`
 keeps the machine code of NVIDIA's targets, each with what tools/gpu_audit needs to know of it. `--odd` takes shapes
-whose rows no 16 elements divide instead, many of which spill.
+whose rows no 16 elements divide instead.
 """
 
 from __future__ import annotations

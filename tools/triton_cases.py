@@ -29,6 +29,9 @@ def cases(odd: bool = False) -> Iterator[tuple[str, Callable[[], Any]]]:
     if odd:
         for dtype in (torch.float32, torch.bfloat16):
             yield from ((f"odd {name} {TYPES[dtype]}", run) for name, run in _odd_cases(dtype))
+        for name, run in _odd_cases(torch.float32):
+            if name.startswith("linear"):
+                yield f"odd {name} tf32", functools.partial(_with_tf32, run)
         return
     for dtype in (torch.float32, torch.bfloat16):
         yield from ((f"{name} {TYPES[dtype]}", run) for name, run in _row_cases(dtype))
@@ -140,7 +143,7 @@ def _odd_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         return torch.empty(shape, dtype=of, device="meta")
 
     float32, mask = torch.float32, [True, True, True]
-    for n in (1001, 20001):
+    for n in (1001, 10001, 20001):
         yield f"softmax {n}", lambda n=n: kernels.softmax.softmax_fwd(x(999, n), 1, False, None)
         yield f"softmax {n}", lambda n=n: kernels.softmax.softmax_bwd(x(999, n), x(999, n), 1, False, dtype)
         options = (1, 1e-5, False, True)
@@ -172,12 +175,18 @@ def _odd_cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
             f"linear {m}",
             lambda m=m, w=w: kernels.linear.linear_bwd(x(m, 4095), x(m, 4095), w, x(m, 4095), 2, [m, 4095], mask),
         )
+    wide, narrow = x(4096, 4096), x(1000, 4096)
+    yield "linear 1000", lambda: kernels.linear.linear_fwd(wide, narrow, x(1000), 2, True)
     seed = torch.zeros((), dtype=torch.int64)
-    for d in (24, 40, 100, 200):
+    for d in (5, 40, 100, 200):
         q, lse = x(2, 8, 1001, d), x(2, 8, 1001, of=float32)
-        for o in ((0.0, 0.125, 0.0, -1, 0), (0.1, 0.1, 9.0, 128, 0)):
-            yield f"attention {d}", lambda q=q, o=o: kernels.attention.attention_fwd(q, q, q, None, seed, *o)
+        for m, o in (
+            (None, (0.0, 0.125, 0.0, -1, 0)),
+            (None, (0.1, 0.1, 9.0, 128, 0)),
+            (x(1001, 1001), (0.0, 0.1, 0.0, -1, -1)),
+        ):
+            yield f"attention {d}", lambda q=q, m=m, o=o: kernels.attention.attention_fwd(q, q, q, m, seed, *o)
             yield (
                 f"attention {d}",
-                lambda q=q, o=o, lse=lse: kernels.attention.attention_bwd(q, q, q, q, None, seed, q, lse, *o),
+                lambda q=q, m=m, o=o, lse=lse: kernels.attention.attention_bwd(q, q, q, q, m, seed, q, lse, *o),
             )

@@ -18,7 +18,8 @@ struct FloatOperand {
   static constexpr int kStride = kTile + (kTf32 ? 8 : 4);
 
   const float* data;
-  int64_t line, step, left, depth;  // left: lines from the tile's first on; depth: end of the split
+  int64_t line, step, depth;  // depth: the end of the split
+  int left;                   // lines of the tile that there are
   bool along_depth, vectors;
   float4 held[kTurns];
 
@@ -27,7 +28,7 @@ struct FloatOperand {
     line = line_stride;
     step = k_step;
     data = static_cast<const float*>(from) + w0 * line;
-    left = wide - w0;
+    left = static_cast<int>(wide - w0 < kTile ? wide - w0 : kTile);
     depth = k1;
     along_depth = step == 1;
     vectors = on_boundary(data) && (along_depth ? line % 4 == 0 : line == 1 && step % 4 == 0);

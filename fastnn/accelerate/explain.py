@@ -183,7 +183,7 @@ def explain(model: Module, example_inputs: Any) -> Explanation:
             ms = 1e3 * seconds / _RUNS
             kind = type(module).__name__
             least = clock.least_ms(module, limits)
-            note = _BY_ELEMENTS if kernel.startswith("linear") and backend == "cuda" and module in clock.strided else ""
+            note = _note(module, kernel, backend, module in clock.strided)
             share = seconds / total
             parts.append(Part(name, kind, calls // _RUNS, ms, share, kernel, backend, isa, why_not, least, note))
     return Explanation(tuple(sorted(parts, key=lambda part: -part.ms)), 1e3 * total / _RUNS)
@@ -215,6 +215,17 @@ def _outlook(module: Module, found: Finding | None) -> tuple[str, str, str]:
 
 
 _BY_ELEMENTS = "its operands are read one element at a time: no 16-byte copies of their rows"
+_COPIED = "its operands are first copied to rows that begin at 16 bytes, or read one element at a time in small tiles"
+_PADDED = "its heads are first copied to rows of a multiple of 16 features"
+
+
+def _note(module: Module, kernel: str, backend: str, strided: bool) -> str:
+    """What a GPU's kernel does with operands that do not lie as it wants them."""
+    if kernel.startswith("linear") and strided:
+        return {"cuda": _BY_ELEMENTS, "triton": _COPIED}.get(backend, "")
+    features = getattr(module, "head_dim", None)
+    padded = kernel.startswith("attention") and backend == "triton" and isinstance(features, int) and features % 16
+    return _PADDED if padded else ""
 
 
 def copied_by_16_bytes(t: Tensor) -> bool:

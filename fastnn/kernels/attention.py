@@ -11,7 +11,7 @@ from . import tune
 from .attention_bwd import attention_delta, attention_dkv, attention_dq
 from .attention_fwd import attention_rows_fwd
 from .config import Attention, arch_of, attention_config, attention_splits, cdiv, power_of_2
-from .library import register
+from .library import INTERPRETED, narrow, register
 from .matmul import precision_of
 
 
@@ -43,9 +43,46 @@ class Call(NamedTuple):
         return (0, 0, 0, 0) if self.mask is None else self.mask.stride()
 
 
+_LEAST = 17 if INTERPRETED else 1
+"""Features from which on heads are padded. The interpreter could do without: fewer test the kernels' masks there."""
+
+
 def _heads(t: Tensor) -> Tensor:
-    """`t` with neighbouring features."""
-    return t if t.shape[3] <= 1 or t.stride(3) == 1 else t.contiguous()
+    """`t` with neighbouring features in aligned rows, padded by zeros to multiples of 16.
+
+    Rows that are not aligned are read by elements, each with an address of its own, in two registers: most tiles
+    spilled.
+    """
+    features = t.shape[3]
+    if features < _LEAST:
+        return t if features <= 1 or t.stride(3) == 1 else t.contiguous()
+    if (features == 1 or t.stride(3) == 1) and not narrow(features, t):
+        return t
+    padded = t.new_empty((*t.shape[:3], _padded(features)))
+    padded[..., :features] = t
+    padded[..., features:] = 0
+    return padded
+
+
+def _padded(features: int) -> int:
+    """Features in a row of what the kernels are given."""
+    return features if features < _LEAST else cdiv(features, 16) * 16
+
+
+def _strides(t: Tensor) -> tuple[int, ...]:
+    """Of batch, head and row; zeros, which Triton takes for aligned, where there is one."""
+    return tuple(0 if size == 1 else stride for stride, size in zip(t.stride()[:3], t.shape[:3], strict=True))
+
+
+def _result(t: Tensor) -> Tensor:
+    """Where a kernel writes `t`: itself, or padded memory for aligned rows."""
+    features = t.shape[3]
+    return t.new_empty((*t.shape[:3], _padded(features))) if features >= _LEAST and narrow(features, t) else t
+
+
+def _finish(t: Tensor, written: Tensor) -> None:
+    if written is not t:
+        t.copy_(written[..., : t.shape[3]])
 
 
 def _call(
@@ -94,24 +131,26 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(output (B, H, S_q, D_v), laid out as query is; logsumexp (B, H, S_q))."""
     out, lse = attention_fwd_fake(query, key, value)
-    B, H, S_q, D = query.shape
-    H_kv, S_k, D_v = value.shape[1:]
+    B, H, S_q, _ = query.shape
+    H_kv, S_k, _ = value.shape[1:]
     if lse.numel() == 0:
         return out, lse
     if S_k == 0:
         return out.zero_(), lse.fill_(float("inf"))
     c = _call(query, key, value, attn_mask, seed, dropout, scale, softcap, window_left, window_right)
+    D, D_v, result = c.q.shape[3], c.v.shape[3], _result(out)
     bd, bdv = power_of_2(D, 16), power_of_2(D_v, 16)
+    strides = (*_strides(c.q), *_strides(c.k), *_strides(c.v), *c.mask_strides(), *_strides(result))
 
     def launch(cut: Attention) -> None:
         tiles = cdiv(S_q, cut.bm)
         attention_rows_fwd[(tiles * B * H,)](
-            c.q, c.k, c.v, c.mask, out, lse, H, S_q, S_k, D, D_v, H // H_kv, *c.q.stride()[:3], *c.k.stride()[:3],
-            *c.v.stride()[:3], *c.mask_strides(), *out.stride()[:3], *c.tail, tiles, *c.flags, c.plain, cut.bm,
-            cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+            c.q, c.k, c.v, c.mask, result, lse, H, S_q, S_k, D, D_v, H // H_kv, *strides, *c.tail, tiles, *c.flags,
+            c.plain, cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
     _run("fwd", launch, c, bd, bdv)
+    _finish(out, result)
     return out, lse
 
 
@@ -131,12 +170,6 @@ def attention_bwd(
     window_right: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
-    if query.shape[3] == 0 and query.dtype != torch.float32:
-        # Every weight of a query is the same: rounded to half precision, all would be off in one direction.
-        q, k, v = query.float(), key.float(), value.float()
-        options = (dropout, scale, softcap, window_left, window_right)
-        found = attention_bwd(grad.float(), q, k, v, attn_mask, seed, out.float(), lse, *options)
-        return found[0].to(query.dtype), found[1].to(key.dtype), found[2].to(value.dtype)
     dq, dk, dv = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     B, H, S_q, D = query.shape
     H_kv, S_k, D_v = value.shape[1:]
@@ -146,17 +179,19 @@ def attention_bwd(
     do, group = _heads(grad), H // H_kv
     bd, bdv = power_of_2(D, 16), power_of_2(D_v, 16)
     delta = torch.empty_like(lse)
-    rows = max(4096 // bdv, 1)
+    rows = max((1024 if narrow(D_v, do, out) else 4096) // bdv, 1)
     attention_delta[(cdiv(lse.numel(), rows),)](
-        do, out, delta, H, S_q, D_v, lse.numel(), *do.stride()[:3], *out.stride()[:3], rows, bdv, num_warps=4
+        do, out, delta, H, S_q, D_v, lse.numel(), *_strides(do), *_strides(out), rows, bdv, num_warps=4
     )
-    strides = (*c.q.stride()[:3], *c.k.stride()[:3], *c.v.stride()[:3], *c.mask_strides(), *do.stride()[:3])
+    D, D_v = c.q.shape[3], c.v.shape[3]
+    strides = (*_strides(c.q), *_strides(c.k), *_strides(c.v), *c.mask_strides(), *_strides(do))
+    into_q, into_k, into_v = _result(dq), _result(dk), _result(dv)
 
     def launch_dq(cut: Attention) -> None:
         tiles = cdiv(S_q, cut.bm)
         attention_dq[(tiles * B * H,)](
-            c.q, c.k, c.v, c.mask, do, lse, delta, dq, H, S_q, S_k, D, D_v, group, *strides, *c.tail, tiles, *c.flags,
-            cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+            c.q, c.k, c.v, c.mask, do, lse, delta, into_q, H, S_q, S_k, D, D_v, group, *strides, *c.tail, tiles,
+            *c.flags, cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
         )  # fmt: skip
 
     arch = arch_of(query.device.index)
@@ -166,12 +201,14 @@ def attention_bwd(
         tiles = cdiv(S_k, cut.bn)
         for wants in passes:
             attention_dkv[(tiles * B * H_kv,)](
-                c.q, c.k, c.v, c.mask, do, lse, delta, dk, dv, H, H_kv, S_q, S_k, D, D_v, group, *strides, *c.tail,
-                tiles, *c.flags, wants, cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
+                c.q, c.k, c.v, c.mask, do, lse, delta, into_k, into_v, H, H_kv, S_q, S_k, D, D_v, group, *strides,
+                *c.tail, tiles, *c.flags, wants, cut.bm, cut.bn, bd, bdv, num_warps=cut.warps, num_stages=cut.stages,
             )  # fmt: skip
 
     _run("dq", launch_dq, c, bd, bdv)
     _run("dkv", launch_dkv, c, bd, bdv)
+    for gradient, written in ((dq, into_q), (dk, into_k), (dv, into_v)):
+        _finish(gradient, written)
     return dq, dk, dv
 
 

@@ -12,7 +12,7 @@ from ..ops.cross_entropy import cross_entropy_bwd_fake, cross_entropy_fwd_fake
 from . import tune
 from .activation import tanh
 from .config import Rows, arch_of, cdiv, loss_config
-from .library import register, rows_of
+from .library import narrow, register, rows_of
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INDEX, SMOOTHED, PROBABILITIES = (tl.constexpr(kind) for kind in range(3))
@@ -259,7 +259,7 @@ def _targets(target: Tensor, kind: int) -> tuple[Tensor | None, Tensor | None]:
 def _run(kernel: str, launch: Callable[[Rows], None], input: Tensor, options: tuple[Any, ...]) -> None:
     """Launches with the tile for these logits."""
     (rows, n), arch = input.shape, arch_of(input.device.index)
-    tune.run(kernel, launch, loss_config(n, rows, arch), input, arch, (rows, n), options)
+    tune.run(kernel, launch, loss_config(n, rows, arch, narrow(n, input)), input, arch, (rows, n), options)
 
 
 def cross_entropy_fwd(

@@ -65,6 +65,22 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     torch.library.register_fake(f"fastnn_triton::{name}", fake, lib=LIBRARY)
 
 
+def narrow(columns: int, *tensors: Tensor | None) -> bool:
+    """Whether Triton reads or writes rows of `columns` neighbours in these tensors one element at a time.
+
+    It knows of multiples of 16 alone: of a mask's edge, a stride (in elements) and an address (in bytes).
+    """
+    if columns % 16:
+        return True
+    for t in tensors:
+        if t is None:
+            continue
+        strides = (stride for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1)
+        if t.data_ptr() % 16 or any(stride % 16 for stride in strides):
+            return True
+    return False
+
+
 def rows_of(t: Tensor, columns: int) -> Tensor:
     """`t`, not empty, as (rows, columns) with neighbouring columns; copied only where no stride describes the rows."""
     rows = t.reshape(-1, columns)

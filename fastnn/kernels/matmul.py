@@ -108,6 +108,7 @@ def matmul_bulk(
     A_TURNED: tl.constexpr,
     B_TURNED: tl.constexpr,
     PARTS: tl.constexpr,
+    WRITTEN: tl.constexpr,
 ):
     """As `matmul`, whole tiles of A and B fetched by the copy engine, zeros beyond the edges. TURNED: from A^T, B^T."""
     program = tl.program_id(0)
@@ -131,10 +132,10 @@ def matmul_bulk(
             w = b_tiles.load([at, n0])
         acc = tl.dot(x, w, acc)
     m = m0 + tl.arange(0, BM)
-    if BN < 256:
+    if BN <= WRITTEN:
         _epilogue(acc, bias_ptr, c_ptr, pre_ptr, part, m, n0 + tl.arange(0, BN), M, N, ACTIVATION, PARTS)
     else:
-        # Half of the columns at a time: the other half's pointers and activations need no registers then.
+        # WRITTEN columns, half of them, at a time: the other half's addresses and activations need no registers then.
         half = n0 + tl.arange(0, BN // 2)
         left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
         _epilogue(left, bias_ptr, c_ptr, pre_ptr, part, m, half, M, N, ACTIVATION, PARTS)
@@ -163,11 +164,24 @@ def precision_of(x: Tensor) -> str:
     return "tf32" if x.is_cuda and allows_tf32() else "ieee"
 
 
+def _bulky(t: Tensor) -> bool:
+    """Whether the copy engine takes a matrix as it lies."""
+    row, column = t.stride()
+    return column == 1 and row * t.element_size() % 16 == 0 and row >= t.shape[1] and t.data_ptr() % 16 == 0
+
+
+def _apart(t: Tensor) -> Tensor:
+    """A copy of a matrix whose rows, or columns where those are contiguous, begin at 16 bytes."""
+    if t.stride(0) == 1:
+        return _apart(t.t()).t()
+    copy = t.new_empty((t.shape[0], cdiv(t.shape[1], 16) * 16))[:, : t.shape[1]]
+    return copy.copy_(t)
+
+
 def _tiles(t: Tensor, rows: int, columns: int) -> tuple[TensorDescriptor | None, bool]:
     """How the copy engine fetches rows x columns of a matrix, and whether from its transpose; None where it cannot."""
     for turned, matrix in ((False, t), (True, t.t())):
-        row, column = matrix.stride()
-        if column == 1 and row * t.element_size() % 16 == 0 and row >= matrix.shape[1] and t.data_ptr() % 16 == 0:
+        if _bulky(matrix):
             block = [columns, rows] if turned else [rows, columns]
             return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block), turned
     return None, False
@@ -182,7 +196,10 @@ def product(
         return
     arch = arch_of(a.device.index)
     precision = precision_of(a)
-    cut = matmul_config(M, N, K, a.element_size(), precision, arch)
+    bulky = [_bulky(t) or _bulky(t.t()) for t in (a, b)]
+    cut = matmul_config(M, N, K, a.element_size(), precision, arch, not all(bulky))
+    if cut.apart and K:
+        a, b = (t if fits else _apart(t) for t, fits in zip((a, b), bulky, strict=True))
     if cut.transposes and b.stride(1) != 1:
         b = b.contiguous()
 
@@ -217,7 +234,7 @@ def _launch(
         a_tiles, a_turned = _tiles(a, cut.bm, cut.bk)
         b_tiles, b_turned = _tiles(b, cut.bk, cut.bn)
     if a_tiles is not None and b_tiles is not None:
-        blocks = (cut.bm, cut.bn, cut.bk, cut.group, a_turned, b_turned, parts)
+        blocks = (cut.bm, cut.bn, cut.bk, cut.group, a_turned, b_turned, parts, cut.written)
         matmul_bulk[(tiles, parts)](a_tiles, b_tiles, *epilogue, M, N, K, split_k, function, *blocks, **options)
     else:
         even = (M % cut.bm == 0, N % cut.bn == 0, K % cut.bk == 0)

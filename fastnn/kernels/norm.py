@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.norm import norm_bwd_fake, norm_fwd_fake
 from . import tune
 from .config import NormBackward, Rows, arch_of, cdiv, columns_config, norm_bwd_config, rows_config
-from .library import register, rows_of
+from .library import narrow, register, rows_of
 from .norm_bwd import norm_bwd_columns, norm_bwd_long, norm_bwd_whole
 from .sums import add_parts
 
@@ -209,7 +209,9 @@ def norm_fwd(
             norm_fwd_long[(rows,)](*args, *strides, tile.block, num_warps=tile.warps)
 
     has = (rms, residual is not None, weight is not None, bias is not None)
-    tune.run("norm_fwd", launch, rows_config(n, rows, arch, step=4096), x, arch, (rows, n), has)
+    # 16 elements a thread of 32 warps have 64 registers, too few for addresses of their own.
+    largest = 8192 if narrow(n, x, added) else 16384
+    tune.run("norm_fwd", launch, rows_config(n, rows, arch, largest, 4096), x, arch, (rows, n), has)
     return output, total, stats
 
 
@@ -236,7 +238,8 @@ def norm_bwd(
     came = None if grad_total is None else rows_of(grad_total, n)
     came_stride = 0 if came is None else came.stride(0)
     w, arch = _flat(weight), arch_of(input.device.index)
-    tile = norm_bwd_config(n, rows, arch)
+    one_by_one = narrow(n, dy, x, came)
+    tile = norm_bwd_config(n, rows, arch, one_by_one)
     if tile.whole:
         parts = cdiv(rows, tile.rows * tile.tiles)
         part_dw, part_db = (None if s is None else x.new_empty((parts, n), dtype=torch.float32) for s in (dw, db))
@@ -253,7 +256,7 @@ def norm_bwd(
         if dx is not None:
             strides = (dy.stride(0), came_stride, x.stride(0))
             norm_bwd_long[(rows,)](dy, came, x, w, stats, dx, n, *strides, rms, tile.block, num_warps=tile.warps)
-        cut = columns_config(n, rows, arch)
+        cut = columns_config(n, rows, arch, narrow=one_by_one)
         part_dw, part_db = (None if s is None else x.new_empty((cut.parts, n), dtype=torch.float32) for s in (dw, db))
         if dw is not None or db is not None:
             grid = (cdiv(n, cut.block), cut.parts)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.softmax import softmax_bwd_fake, softmax_fwd_fake
 from . import tune
 from .config import Rows, arch_of, cdiv, power_of_2, rows_config
-from .library import register, rows_of
+from .library import narrow, register, rows_of
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
@@ -201,7 +201,7 @@ def softmax_fwd(input: Tensor, dim: int, log: bool, dtype: torch.dtype | None) -
     if inner == 1:
         x = rows_of(input, columns)
         arch = arch_of(input.device.index)
-        tile = rows_config(columns, outer, arch)
+        tile = rows_config(columns, outer, arch, narrow=narrow(columns, x))
 
         def launch(tile: Rows) -> None:
             softmax_rows_fwd[(cdiv(outer, tile.rows),)](
@@ -227,7 +227,7 @@ def softmax_bwd(grad: Tensor, output: Tensor, dim: int, log: bool, input_dtype: 
     if inner == 1:
         dy = rows_of(grad, columns)
         arch = arch_of(output.device.index)
-        tile = rows_config(columns, outer, arch, 8192)
+        tile = rows_config(columns, outer, arch, 8192, narrow=narrow(columns, dy))
 
         def launch(tile: Rows) -> None:
             softmax_rows_bwd[(cdiv(outer, tile.rows),)](

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import tune
 from .activation import through
 from .config import Columns, arch_of, cdiv, columns_config
+from .library import narrow
 
 
 @triton.jit
@@ -92,8 +93,9 @@ def slope_and_sum(
     rows, n = dy.shape
     arch = arch_of(dy.device.index)
     # 8 elements a thread are a load of 16 bytes of each operand in half precision. With 32 an activation's slope took
-    # up to 250 registers, two programs a multiprocessor, and spilled on sm_120, with 16 it spilled on sm_100.
-    cut = columns_config(n, rows, arch, tall=16, warps=8)
+    # up to 250 registers, two programs a multiprocessor, and spilled on sm_120, with 16 it spilled on sm_100,
+    # and with 8 that are not aligned on sm_120.
+    cut = columns_config(n, rows, arch, tall=8 if narrow(n, dy, z) else 16, warps=8)
     parts = None if db is None else dy.new_empty((cut.parts, n), dtype=torch.float32)
     strides = (*dy.stride(), 0 if z is None else z.stride(0), cdiv(rows, cut.parts))
 

@@ -1,7 +1,8 @@
 """Static audit of the GPU kernels: `python tools/gpu_audit [--write FILE] PATH ...`; status 1 where a rule is broken.
 
 Each PATH is a cubin, an object or library that nvcc made (of any architectures), a folder of such, or a folder that
-`tools/triton_aot.py --out` filled. Needs cuobjdump and nvdisasm, no GPU.
+`tools/triton_aot.py --out` filled. Needs cuobjdump and nvdisasm, no GPU; half a second for each file, so that --cache
+keeps what was read for the next time.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the document (docs/gpu_audit.md)")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what each cubin says, by its bytes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (1)")
     arguments = parser.parse_args()
     missing = [str(path) for path in arguments.paths if not path.exists()]
     if missing:
         parser.error(f"no such path: {', '.join(missing)}")
-    found = collect(arguments.paths)
+    if arguments.cache:
+        arguments.cache.mkdir(parents=True, exist_ok=True)
+    found = collect(arguments.paths, arguments.cache, arguments.jobs)
     if not found:
         parser.error("no kernels in these paths")
     noted = notes(arguments.paths)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from sass import Kernel, demangled, kernels, tool
+from sass import Kernel, Summary, demangled, summaries, tool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Found:
     """A kernel with what its launch adds."""
 
-    kernel: Kernel
+    kernel: Kernel | Summary
     language: str
     """CUDA or Triton."""
     name: str
@@ -102,17 +104,19 @@ int main(int n, char** a) {
         return str(self._program)
 
 
-def collect(paths: Sequence[Path]) -> list[Found]:
-    """Every kernel below the paths."""
+def collect(paths: Sequence[Path], cache: Path | None = None, jobs: int = 1) -> list[Found]:
+    """Every kernel below the paths, read by `jobs` processes; what a cubin says is kept in the folder `cache`."""
     policy = Policy()
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        for cubin in _cubins(paths, Path(folder)):
+    found: list[Found] = []
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs) as pool:
+        cubins = list(_cubins(paths, Path(folder)))
+        read = functools.partial(summaries, cache=cache)
+        for cubin, here in zip(cubins, map(read, cubins) if jobs == 1 else pool.map(read, cubins), strict=True):
             note = cubin.with_suffix(".json")
             if note.exists():
-                found += _triton(cubin, json.loads(note.read_text("utf-8")))
+                found += _triton(here, json.loads(note.read_text("utf-8")))
             else:
-                found += _cuda(cubin, policy)
+                found += _cuda(here, policy)
     return found
 
 
@@ -130,16 +134,15 @@ def _cubins(paths: Sequence[Path], folder: Path) -> Iterator[Path]:
             yield from sorted(into.glob("*.cubin"))
 
 
-def _cuda(cubin: Path, policy: Policy) -> Iterator[Found]:
-    here = kernels(cubin)
+def _cuda(here: Sequence[Summary], policy: Policy) -> Iterator[Found]:
     names = demangled([kernel.name for kernel in here])
     for kernel in here:
         name, variant = short(names[kernel.name])
         yield Found(kernel, "CUDA", name, variant, kernel.max_threads or 1024, policy.shared(name, variant))
 
 
-def _triton(cubin: Path, note: dict[str, object]) -> Iterator[Found]:
-    for kernel in kernels(cubin):
+def _triton(here: Sequence[Summary], note: dict[str, object]) -> Iterator[Found]:
+    for kernel in here:
         # Triton counts all of its shared memory as given at the launch.
         kernel.static_shared = 0
         threads = 32 * int(str(note["num_warps"]))

@@ -62,7 +62,7 @@ def _occupancy(here: Sequence[Found]) -> str:
 
 
 def _tensor(members: Sequence[Found]) -> str:
-    names = sorted({i.opcode.split(".")[0] for one in members for i in one.kernel.code if i.kind == "tensor"})
+    names = sorted({name for one in members for name in one.kernel.tensor})
     return ", ".join(names) or "-"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 KINDS = (
@@ -30,6 +33,13 @@ KINDS = (
 GLOBAL = ("global load", "global store", "async copy")
 
 
+@functools.cache
+def _kind(opcode: str) -> str:
+    if opcode.startswith("LDGDEPBAR"):
+        return "other"
+    return next((kind for kind, pattern in KINDS if re.match(pattern, opcode)), "other")
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One line of machine code."""
@@ -42,9 +52,7 @@ class Instruction:
     @property
     def kind(self) -> str:
         """Its name in `KINDS`, else `other`."""
-        if self.opcode.startswith("LDGDEPBAR"):
-            return "other"
-        return next((kind for kind, pattern in KINDS if re.match(pattern, self.opcode)), "other")
+        return _kind(self.opcode)
 
     @property
     def bytes(self) -> int:
@@ -74,6 +82,11 @@ class Kernel:
         return Counter(instruction.kind for instruction in self.code)
 
     @property
+    def tensor(self) -> list[str]:
+        """Its tensor-core instructions, each once."""
+        return sorted({i.opcode.split(".")[0] for i in self.code if i.kind == "tensor"})
+
+    @property
     def hot(self) -> list[Instruction]:
         """What is in loops: in those with tensor-core instructions where there are such; all of it without loops."""
         products = {loop for i in self.code if i.kind == "tensor" for loop in i.loops}
@@ -99,6 +112,30 @@ class Kernel:
         return any(i.kind in GLOBAL and (i.bytes == 16 or i.opcode.startswith(("UTMA", "UBLKCP"))) for i in self.code)
 
 
+@dataclass
+class Summary:
+    """What the audit asks of a `Kernel`, without its code."""
+
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    static_shared: int
+    max_threads: int
+    counts: dict[str, int]
+    tensor: list[str]
+    wide_share: float | None
+    has_wide: bool
+
+    @classmethod
+    def of(cls, kernel: Kernel) -> Summary:
+        """Of each kind of instruction a number, 0 where there is none."""
+        counts = {kind: kernel.counts[kind] for kind, _ in KINDS}
+        sizes = (kernel.registers, kernel.stack, kernel.static_shared, kernel.max_threads)
+        return cls(kernel.name, kernel.arch, *sizes, counts, kernel.tensor, kernel.wide_share, kernel.has_wide)
+
+
+@functools.cache
 def tool(name: str) -> str:
     """Where cuobjdump or nvdisasm is: FASTNN_CUDA_TOOLS, PATH, Triton's wheel, NVIDIA's wheels.
 
@@ -129,6 +166,21 @@ def demangled(names: list[str]) -> dict[str, str]:
         return {name: name for name in names}
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     return dict(zip(names, text.splitlines(), strict=True))
+
+
+def summaries(cubin: Path, cache: Path | None = None) -> list[Summary]:
+    """The kernels of a cubin, by name; from `cache` where a cubin of the same bytes was read before by this source."""
+    if cache is None:
+        return [Summary.of(kernel) for kernel in kernels(cubin)]
+    digest = hashlib.sha256(Path(__file__).read_bytes() + cubin.read_bytes()).hexdigest()
+    known = cache / f"{digest[:32]}.json"
+    if known.exists():
+        return [Summary(**one) for one in json.loads(known.read_text("utf-8"))]
+    found = summaries(cubin)
+    partial = known.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps([asdict(one) for one in found]), "utf-8")
+    partial.rename(known)
+    return found
 
 
 def kernels(cubin: Path) -> list[Kernel]:
