@@ -13,7 +13,7 @@ The two do the same by different means:
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from . import _extension
 
@@ -77,7 +77,8 @@ def set_cache(megabytes: int) -> None:
 def stats() -> Stats:
     """What is kept, in use, and how often memory was reused."""
     extension = _extension.require()
-    return {"limit_bytes": extension.cache_limit(), **extension.cache_stats(), "tuned": _tuned}
+    found = {"limit_bytes": extension.cache_limit(), **extension.cache_stats(), "tuned": _tuned}
+    return cast(Stats, found)
 
 
 def empty_cache() -> None:

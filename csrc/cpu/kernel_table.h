@@ -18,6 +18,7 @@ struct CrossEntropyFwdParams;
 struct DropoutAddParams;
 struct GemmParams;
 struct LinearBwdParams;
+struct LogitGradientParams;
 struct MaskedSoftmaxParams;
 struct Matrix;
 struct MlpMiddle;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/gemm/params.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/parameters.h"

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "cpu/dispatch.h"
+#include "cpu/gemm/params.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/parameters.h"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,16 @@ from torch.nn import functional
 
 import fastnn
 
+Norm = nn.LayerNorm | nn.RMSNorm
+
 
 @dataclass(frozen=True)
 class Ops:
     """What a model needs beside plain linear layers."""
 
     linear_gelu: Callable[[nn.Linear, Tensor], Tensor]
-    norm: Callable[[nn.Module, Tensor], Tensor]
-    add_norm: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    norm: Callable[[Norm, Tensor], Tensor]
+    add_norm: Callable[[Norm, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(norm(x + residual), x + residual)."""
     linear: Callable[[nn.Linear, Tensor], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -28,7 +31,7 @@ class Ops:
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
-def _torch_add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _torch_add_norm(norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     total = x + residual
     return norm(total), total
 
@@ -42,22 +45,18 @@ def _torch_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
 
 
 def _fastnn_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    q, rotated = fastnn.rope(q, k, cos, sin, rotary_dim=q.shape[-1])
-    assert rotated is not None  # as k is
-    return q, rotated
+    return cast(tuple[Tensor, Tensor], fastnn.rope(q, k, cos, sin, rotary_dim=q.shape[-1]))  # a key gives a key
 
 
-def _fastnn_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _fastnn_norm(norm: Norm, x: Tensor) -> Tensor:
     if isinstance(norm, nn.LayerNorm):
         return fastnn.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    assert isinstance(norm, nn.RMSNorm)
     return fastnn.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
 
-def _fastnn_add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def _fastnn_add_norm(norm: Norm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(norm, nn.LayerNorm):
         return fastnn.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
-    assert isinstance(norm, nn.RMSNorm)
     return fastnn.add_rms_norm(x, residual, norm.weight, norm.eps)
 
 
@@ -85,14 +84,18 @@ OPS = {
 }
 
 
+def new_norm(llama: bool, width: int) -> Norm:
+    """What the model normalizes by."""
+    return nn.RMSNorm(width) if llama else nn.LayerNorm(width)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: GPT-2's (LayerNorm, GELU) or Llama's (RMSNorm, rotary positions, SwiGLU)."""
 
     def __init__(self, ops: Ops, llama: bool, width: int, heads: int) -> None:
         super().__init__()
         self.ops, self.llama, self.heads = ops, llama, heads
-        norm = nn.RMSNorm if llama else nn.LayerNorm
-        self.norm1, self.norm2 = norm(width), norm(width)
+        self.norm1, self.norm2 = (new_norm(llama, width) for _ in range(2))
         self.qkv, self.proj = (nn.Linear(width, n * width, bias=not llama) for n in (3, 1))
         inner = 8 * width // 3 // 64 * 64 if llama else 4 * width
         self.up, self.down = nn.Linear(width, inner, bias=not llama), nn.Linear(inner, width, bias=not llama)
@@ -125,7 +128,7 @@ class CharacterModel(nn.Module):
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = None if llama else nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(self.ops, llama, width, heads) for _ in range(layers))
-        self.norm = nn.RMSNorm(width) if llama else nn.LayerNorm(width)
+        self.norm = new_norm(llama, width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.cos: Tensor
         self.sin: Tensor

@@ -32,7 +32,7 @@ KERNELS = tuple(sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if pat
 NAMES = re.findall(r"^FASTNN_OP\((\w+)\)", (ROOT / "csrc/ops.def").read_text(), re.MULTILINE)
 OPS = tuple(op for op in NAMES if any(f"{path.stem}_".startswith(f"{op}_") for path in KERNELS))
 BINDINGS = tuple(ROOT / f"csrc/bindings/{name}.cpp" for name in ("tensor", "device", "loss", *OPS))
-CORE = tuple(ROOT / f"csrc/cpu/{name}.cpp" for name in ("memory", "parallel", "record"))
+CORE = tuple(ROOT / f"csrc/cpu/{name}.cpp" for name in ("cache", "memory", "parallel", "record"))
 GLUE = (HERE / "device.cpp", HERE / "no_cpu.cpp")
 EMULATE = ("-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DFASTNN_CUDA_EMU")
 COMPILER = os.environ.get("CXX", "g++")
