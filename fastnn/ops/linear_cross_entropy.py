@@ -300,7 +300,9 @@ def _shifted(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index:
         )
     if target.dtype.is_floating_point:
         return input[..., :-1, :], target[..., 1:, :]
-    return input, F.pad(target[..., 1:].long(), (0, 1), value=ignore_index)
+    shifted = target.long().roll(-1, -1)  # a tensor of its own
+    shifted[..., -1] = ignore_index
+    return input, shifted
 
 
 def _flat(
