@@ -287,8 +287,8 @@ def linear_cross_entropy(
     loss = _flat(input, linear_weight, target, linear_bias, weight, asked, loss_dtype)
     if reduction != "none" or target.dtype.is_floating_point or linear_weight.dim() > 2:
         return loss
-    loss = loss.reshape(target.shape)
-    return loss[..., :-1] if shift else loss
+    loss = loss if loss.shape == target.shape else loss.reshape(target.shape)
+    return loss[..., :-1].contiguous() if shift else loss
 
 
 def _shifted(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
