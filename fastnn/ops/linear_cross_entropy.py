@@ -287,8 +287,8 @@ def linear_cross_entropy(
     loss = _flat(input, linear_weight, target, linear_bias, weight, asked, loss_dtype)
     if reduction != "none" or target.dtype.is_floating_point or linear_weight.dim() > 2:
         return loss
-    loss = loss.reshape(target.shape)
-    return loss[..., :-1] if shift else loss
+    loss = loss if loss.shape == target.shape else loss.reshape(target.shape)
+    return loss[..., :-1].contiguous() if shift else loss
 
 
 def _shifted(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -300,7 +300,9 @@ def _shifted(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index:
         )
     if target.dtype.is_floating_point:
         return input[..., :-1, :], target[..., 1:, :]
-    return input, F.pad(target[..., 1:].long(), (0, 1), value=ignore_index)
+    shifted = target.long().roll(-1, -1)  # a tensor of its own
+    shifted[..., -1] = ignore_index
+    return input, shifted
 
 
 def _flat(
