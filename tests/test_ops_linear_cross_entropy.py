@@ -126,7 +126,6 @@ def test_a_second_backward_finds_them_again(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [2.0**16, 1.0 / 3])
 def test_incoming_gradients(dtype, scale):
-    """A loss scale must reach float16 gradients before they underflow."""
     x, w, b, t = operands(64, 12, 500, dtype)
 
     def gradients(dtype, call):
@@ -148,6 +147,20 @@ def test_incoming_gradients(dtype, scale):
     )
     for found in zip(ours, truth, rival, strict=True):
         assert_within_budget(*found, dtype, policy.GRADIENT_FACTOR)
+
+
+def test_loss_scale_reaches_float16_gradients_before_they_underflow():
+    x, w, _, t = operands(64, 12, 500, torch.float16)
+    x, scale = (x * 2**-17).detach(), 2.0**15
+
+    def gradient(dtype, call):
+        leaf = w.detach().to(dtype).requires_grad_()
+        return torch.autograd.grad(call(x.to(dtype), leaf), leaf, torch.tensor(scale, dtype=dtype))[0]
+
+    truth = gradient(torch.float64, lambda x, w: F.cross_entropy(F.linear(x, w), t))
+    ours = gradient(torch.float16, lambda x, w: linear_cross_entropy(x, w, t))
+    assert truth.abs().max() / scale < 2**-20  # beside steps of 2^-24
+    assert (ours - truth).abs().max() < 2**-9 * truth.abs().max()
 
 
 def test_rows_that_do_not_count_are_not_read():

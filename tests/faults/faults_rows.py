@@ -260,7 +260,7 @@ ROPE_FAULTS = [
         ROPE,
         "p.by_heads ? blocks : part + 1",
         "p.by_heads ? blocks - 1 : part + 1",
-        ("tests/test_ops_sweep.py::test_sweep_everywhere[rope-wide_blocks-{isa}]",),
+        ("tests/test_ops_sweep.py::test_sweep_everywhere[rope-halves_wide_blocks-{isa}]",),
     ),
     Fault(
         "rope: tables narrower than a head are taken for those of a part",
