@@ -99,7 +99,7 @@ lint-cpp: $(STAMPS)/extra-dev
 core-tests = @$(ENV) cmake -S . -B build/$(1) -G Ninja --log-level=WARNING -DFASTNN_PYTHON=OFF -DFASTNN_TESTS=ON $(2) \
 	>build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }; \
 	$(ENV) cmake --build build/$(1) >build/$(1).log 2>&1 || { cat build/$(1).log; exit 1; }; \
-	$(ENV) ctest --test-dir build/$(1) --output-on-failure --no-tests=error
+	$(ENV) ctest --test-dir build/$(1) --output-on-failure --no-tests=error -j $$(nproc)
 
 # One set of each vector width, the widest the one with the most code that this CPU runs: the others' lines are in these.
 WIDEST := $(if $(shell grep -sm1 -ow avx512_bf16 /proc/cpuinfo),avx512_bf16,avx512)
