@@ -95,20 +95,34 @@ class CrossEntropyFunction(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def _check(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
-    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(tensor, Tensor) and not (name == "weight" and tensor is None):
-            raise TypeError(f"fastnn.cross_entropy: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise TypeError(f"fastnn.cross_entropy: {name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"fastnn.cross_entropy: {name} is on {tensor.device}, input on {input.device}")
+def check_tensors(op: str, required: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    """Whether the tensors of a loss are dense and on the device of the first; by name, each None only if optional."""
+    device = None
+    for name, tensor in {**required, **optional}.items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"fastnn.{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"fastnn.{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+        device = tensor.device if device is None else device
+        if tensor.device != device:
+            raise ValueError(f"fastnn.{op}: {name} is on {tensor.device}, input on {device}")
+
+
+def check_options(op: str, options: LossOptions) -> None:
+    """Whether the options of a loss are in their ranges."""
     if options.reduction not in REDUCTION_CODE:
-        raise ValueError(f"fastnn.cross_entropy: reduction must be 'none', 'mean' or 'sum', got {options.reduction!r}")
+        raise ValueError(f"fastnn.{op}: reduction must be 'none', 'mean' or 'sum', got {options.reduction!r}")
     if not 0.0 <= options.label_smoothing <= 1.0:
-        raise ValueError(f"fastnn.cross_entropy: label_smoothing must be in [0, 1], got {options.label_smoothing}")
+        raise ValueError(f"fastnn.{op}: label_smoothing must be in [0, 1], got {options.label_smoothing}")
     if not options.softcap >= 0.0:
-        raise ValueError(f"fastnn.cross_entropy: softcap must not be negative, got {options.softcap}")
+        raise ValueError(f"fastnn.{op}: softcap must not be negative, got {options.softcap}")
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
+    check_tensors("cross_entropy", {"input": input, "target": target}, {"weight": weight})
+    check_options("cross_entropy", options)
     if not input.dtype.is_floating_point:
         raise TypeError(f"fastnn.cross_entropy: input must be floating point, got {input.dtype}")
     if input.dim() == 0:

@@ -14,7 +14,7 @@ from .. import _dispatch, _extension
 from .._record import note_reference
 from . import autocast
 from .autocast import cast
-from .cross_entropy import REDUCTION_CODE, LossOptions, Reduction, cross_entropy_reference
+from .cross_entropy import LossOptions, Reduction, check_options, check_tensors, cross_entropy_reference
 
 IGNORED = -100
 """What ignore_index is where none is given, as in torch."""
@@ -141,25 +141,18 @@ def _differentiable(
 ) -> list[Tensor | None]:
     operands = (input, linear_weight, linear_bias)
     wanted = [one for one, needed in zip(operands, ctx.needs_input_grad, strict=False) if needed and one is not None]
-    logits = F.linear(input, linear_weight, linear_bias)
-    loss = cross_entropy_reference(logits.float(), target, None if weight is None else weight.float(), ctx.options)
+    weight = None if weight is None else weight.float()
+    loss = linear_cross_entropy_reference(input, linear_weight, target, linear_bias, weight, ctx.options, torch.float32)
     found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 
 
 def _check(input: Tensor, linear_weight: Tensor, target: Tensor, rest: dict[str, Tensor | None]) -> None:
-    named = {"input": input, "linear_weight": linear_weight, "target": target, **rest}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor) and not (name in rest and tensor is None):
-            raise TypeError(f"fastnn.linear_cross_entropy: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise TypeError(f"fastnn.linear_cross_entropy: {name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"fastnn.linear_cross_entropy: {name} is on {tensor.device}, input on {input.device}")
+    required = {"input": input, "linear_weight": linear_weight, "target": target}
+    check_tensors("linear_cross_entropy", required, rest)
     if not input.dtype.is_floating_point:
         raise TypeError(f"fastnn.linear_cross_entropy: input must be floating point, got {input.dtype}")
-    for name in ("linear_weight", "linear_bias"):
-        tensor = named[name]
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", rest["linear_bias"])):
         if tensor is not None and tensor.dtype != input.dtype:
             raise TypeError(
                 f"fastnn.linear_cross_entropy: {name} must have the input's dtype {input.dtype}, got {tensor.dtype}"
@@ -208,19 +201,6 @@ def _check_loss(
         raise ValueError(
             f"fastnn.linear_cross_entropy: target {kind} must have shape {expected}, got {tuple(target.shape)}"
         )
-
-
-def _check_options(options: LossOptions) -> None:
-    if options.reduction not in REDUCTION_CODE:
-        raise ValueError(
-            f"fastnn.linear_cross_entropy: reduction must be 'none', 'mean' or 'sum', got {options.reduction!r}"
-        )
-    if not 0.0 <= options.label_smoothing <= 1.0:
-        raise ValueError(
-            f"fastnn.linear_cross_entropy: label_smoothing must be in [0, 1], got {options.label_smoothing}"
-        )
-    if not options.softcap >= 0.0:
-        raise ValueError(f"fastnn.linear_cross_entropy: softcap must not be negative, got {options.softcap}")
 
 
 def linear_cross_entropy(
@@ -272,14 +252,14 @@ def linear_cross_entropy(
     """
     loss_dtype = input.dtype if isinstance(input, Tensor) else torch.float32
     if isinstance(input, Tensor) and autocast.active(input):
-        dtype, loss_dtype = torch.get_autocast_dtype(input.device.type), torch.float32
+        dtype = torch.get_autocast_dtype(input.device.type)
         input, linear_weight, linear_bias = cast(input, dtype), cast(linear_weight, dtype), cast(linear_bias, dtype)
         target, weight = cast(target, torch.float32), cast(weight, torch.float32)
         loss_dtype = input.dtype if input.dtype == torch.float64 else torch.float32
     _check(input, linear_weight, target, {"linear_bias": linear_bias, "weight": weight})
     _check_loss(input, linear_weight, target, linear_bias, weight, loss_dtype)
     asked = LossOptions(reduction, IGNORED if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap)
-    _check_options(asked)
+    check_options("linear_cross_entropy", asked)
     if target.dtype.is_floating_point and ignore_index is not None:
         raise ValueError("fastnn.linear_cross_entropy: ignore_index does not apply to target probabilities")
     if shift:
