@@ -2,6 +2,8 @@
 
 from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .attention import scaled_dot_product_attention
+from .attention_cache import KVCache, attention_with_kv_cache
+from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
 from .linear import linear
@@ -14,8 +16,11 @@ from .rope import rope, rope_tables
 from .softmax import log_softmax, softmax
 
 __all__ = [
+    "KVCache",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_varlen",
+    "attention_with_kv_cache",
     "cross_entropy",
     "dropout_add",
     "geglu",
