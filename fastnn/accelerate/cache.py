@@ -30,6 +30,9 @@ class KVCacheLayer(DynamicLayer):
     as transformers does it.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self._kept: KVCache | None = None

@@ -75,8 +75,9 @@ def attention_varlen_reference(
         draw += query.shape[1] * length * ((keys + 3) // 4)
         outs.append(out[0].transpose(0, 1))
         sums.append(lse[0])
-    if not outs:
-        return query.new_zeros((0, query.shape[1], value.shape[2])), query.new_zeros((query.shape[1], 0)).float()
+    if not outs:  # of no rows, and differentiable all the same
+        nothing = query.sum() + key.sum() + value.sum()
+        return nothing.expand(0, query.shape[1], value.shape[2]), query.new_zeros((query.shape[1], 0)).float()
     return torch.cat(outs), torch.cat(sums, 1)
 
 
@@ -90,14 +91,15 @@ class AttentionVarlenFunction(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
+        cu_seqlens_k: Tensor | None,
         seed: Tensor | None,
         options: AttentionOptions,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the backend's forward kernel."""
+        """Runs the backend's forward kernel; cu_seqlens_k is None where it is cu_seqlens_q (dynamo wants each once)."""
         fwd = _dispatch.KERNELS["attention_varlen"][backend].fwd
-        out, lse = fwd(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, *options, True)
+        bounds_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        out, lse = fwd(query, key, value, cu_seqlens_q, bounds_k, seed, *options, True)
         ctx.save_for_backward(query, key, value, cu_seqlens_q, cu_seqlens_k, seed, out, lse)
         ctx.options, ctx.backend = options, backend
         ctx.mark_non_differentiable(lse)
@@ -107,6 +109,7 @@ class AttentionVarlenFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Runs the backend's backward kernel, or differentiates the reference under create_graph."""
         query, key, value, bounds_q, bounds_k, seed, out, lse = ctx.saved_tensors
+        bounds_k = bounds_q if bounds_k is None else bounds_k
         found: Any
         if torch.is_grad_enabled():
             again, _lse = attention_varlen_reference(query, key, value, bounds_q, bounds_k, seed, ctx.options)
@@ -242,7 +245,10 @@ def attention_varlen(
         note_reference("attention_varlen_fwd")
         out, lse = attention_varlen_reference(*operands, options)
     elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        out, lse = AttentionVarlenFunction.apply(*operands, options, backend)  # type: ignore[no-untyped-call]
+        of_keys = None if bounds_k is bounds_q else bounds_k
+        out, lse = AttentionVarlenFunction.apply(  # type: ignore[no-untyped-call]
+            query, key, value, bounds_q, of_keys, seed, options, backend
+        )
     else:
         out, lse = _dispatch.KERNELS["attention_varlen"][backend].fwd(*operands, *options, True)
     return (out, lse) if return_lse else out

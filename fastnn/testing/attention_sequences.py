@@ -168,7 +168,7 @@ class _Cached:
 
 def _copied(t: Tensor) -> Tensor:
     """A copy in the same memory layout: the op writes into it."""
-    storage = t.untyped_storage().clone()
+    storage = t.untyped_storage().clone()  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, t.storage_offset(), t.shape, t.stride())
 
 

@@ -230,14 +230,15 @@ def _raw_calls() -> Iterator[InvalidCall]:
     ):
         call = partial(_raw_append, **given)
         yield InvalidCall("attention", f"cache_append_{name}", call, ValueError, words, raw=True)
-    for name, given, words in (
+    wrong: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         ("query", {"query": torch.ones(2, 4, 3, 7)}, ("query", "(2, 4, 3, 7)")),
         ("groups", {"query": torch.ones(2, 3, 3, 8)}, ("heads", "3", "2")),
         ("softcap", {"softcap": -1.0}, ("softcap",)),
         ("window", {"left": -5}, ("window", "-5")),
-    ):
-        call = partial(_raw_attend, **given)
-        yield InvalidCall("attention", f"cache_fwd_{name}", call, ValueError, words, raw=True)
+    )
+    for name, options, said in wrong:
+        call = partial(_raw_attend, **options)
+        yield InvalidCall("attention", f"cache_fwd_{name}", call, ValueError, said, raw=True)
 
 
 INVALID_SEQUENCES: tuple[InvalidCall, ...] = (*_varlen_calls(), *_cached_calls(), *_method_calls(), *_raw_calls())
