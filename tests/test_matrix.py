@@ -11,7 +11,16 @@ import pytest
 
 import fastnn
 from fastnn import _dispatch, _extension, testing
-from fastnn.testing import LAYOUTS, MATRIX_LAYOUTS, REFERENCE_DTYPES, cases, matrix_cells, op_names, targets, unavailable
+from fastnn.testing import (
+    LAYOUTS,
+    MATRIX_LAYOUTS,
+    REFERENCE_DTYPES,
+    cases,
+    matrix_cells,
+    op_names,
+    targets,
+    unavailable,
+)
 
 OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
 # The functions that together have every tensor argument of an op; the others are called as their op.

@@ -117,6 +117,7 @@ def build_base(jobs: int) -> Base:
     folder = build_folder()
     run(["cmake", "--build", str(folder), "-j", str(jobs)])
     reads: dict[str, set[str]] = {}
+    compiled = ""
     for line in run(["ninja", "-C", str(folder), "-t", "deps"]).stdout.splitlines():
         if line.startswith(" "):
             reads[compiled].add(line.strip())
