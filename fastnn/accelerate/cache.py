@@ -13,7 +13,7 @@ from torch.nn import Module
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from .. import _dispatch
-from ..ops.attention_cache import KVCache
+from ..ops.kv_cache import KVCache
 
 _LEAST_ROWS = 64
 

@@ -2,10 +2,11 @@
 
 from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .attention import scaled_dot_product_attention
-from .attention_cache import KVCache, attention_with_kv_cache
+from .attention_cache import attention_with_kv_cache
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
+from .kv_cache import KVCache
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_int8 import linear_int8, quantize_rows

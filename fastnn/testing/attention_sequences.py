@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..ops.attention import AttentionOptions
-from ..ops.attention_cache import KVCache, attention_cache_reference, attention_with_kv_cache
+from ..ops.attention_cache import attention_cache_reference, attention_with_kv_cache
 from ..ops.attention_varlen import attention_varlen, attention_varlen_reference
+from ..ops.kv_cache import KVCache
 from .cases import Case, Inputs
 from .inputs import arrange, fill
 
@@ -201,7 +202,7 @@ def cache_cases() -> Iterator[Case]:
     yield _Cached((70, 0), 50, h=4).case("prompt", here)
     yield _Cached((1100,), 2, d=8, own=True).case("in_parts", here)
     yield _Cached((40, 9), 5, _Options()).case("not_causal", here)
-    yield _Cached((1300, 40), 3, _Options(True, 0.4, 0.0, (520, -1), 3.0), h=4, hk=2, dv=20).case("everything", here)
+    yield _Cached((1300, 40), 3, _Options(True, 0.4, 0.0, (1100, -1), 3.0), h=4, hk=2, dv=20).case("everything", here)
     yield _Cached((60, 20), 60, _Options(True, 0.4, 0.0, (30, -1), 3.0), h=4, hk=2).case("everything_prompt", here)
     yield _Cached((20, 9), memory="strided").case("features_2_apart", "strided")
     yield _Cached((20, 9), memory="expanded").case("batch_stride_0", "expanded")

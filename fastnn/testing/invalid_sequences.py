@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.attention_cache import KVCache, attention_with_kv_cache
+from ..ops.attention_cache import attention_with_kv_cache
 from ..ops.attention_varlen import attention_varlen
+from ..ops.kv_cache import KVCache
 from .cases import InvalidCall
 
 _varlen: Callable[..., object] = attention_varlen  # called wrongly

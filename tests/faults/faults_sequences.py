@@ -6,7 +6,7 @@ from fault import OPS, Fault, cell
 
 OPERANDS, SCORES = "csrc/cpu/kernels/attention_operands.h", "csrc/cpu/kernels/attention_scores.h"
 DECODE, FORWARD = "csrc/cpu/kernels/attention_decode.h", "csrc/cpu/kernels/attention.h"
-DRIVER, CACHE = "csrc/cpu/attention.cpp", f"{OPS}attention_cache.py"
+DRIVER, CACHE = "csrc/cpu/attention.cpp", f"{OPS}kv_cache.py"
 METHODS = ("tests/test_kv_cache.py::test_methods_do_what_they_say",)
 
 SEQUENCE_FAULTS = [

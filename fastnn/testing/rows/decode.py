@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...ops.attention_cache import KVCache, attention_with_kv_cache
+from ...ops.attention_cache import attention_with_kv_cache
+from ...ops.kv_cache import KVCache
 from ..bench_cases import Bar, BenchCase, Ours, Results
 from ..cases import Inputs
 from .attention import Shape, decode_work, group_as_queries, make, torch_call
