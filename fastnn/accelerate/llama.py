@@ -20,6 +20,7 @@ from torch.nn import Module
 from .. import _dispatch
 from ..ops.norm import rms_norm
 from ..ops.rope import rope
+from .isolate import Attempt
 from .standin import StandIn, why_no_stand_in
 
 _EPSILONS = ("variance_epsilon", "eps")
@@ -82,11 +83,9 @@ def _is_rms_norm(module: Module, epsilon: str) -> bool:
     x, weight = torch.randn(3, 8, generator=generator), torch.randn(8, generator=generator)
     other.weight = nn.Parameter(weight)
     setattr(other, epsilon, 0.25)
-    try:
-        with torch.no_grad():
-            found = other.forward(x)
-    except Exception:  # whatever it needs, it is not that function
-        return False
+    found = None
+    with Attempt(), torch.no_grad():  # whatever it fails for, it is not that function
+        found = other.forward(x)
     wanted = torch.nn.functional.rms_norm(x.double(), (8,), weight.double(), 0.25)
     return isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found.double(), wanted, 1e-5, 1e-6)
 
@@ -139,10 +138,9 @@ def _is_rotation(theirs: Callable[..., Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 3, 5, 8), (2, 1, 5, 8), (2, 5, 8), (2, 5, 8)
     given = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    try:
+    found = None
+    with Attempt():  # whatever it fails for, it is not that function
         found = theirs(*given)
-    except Exception:  # whatever it needs, it is not that function
-        return False
     if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(t, Tensor) for t in found):
         return False
     with _dispatch.use_backend("reference"):
