@@ -288,7 +288,20 @@ def _attention_float32(kernel: str, wide: int, precision: str, rich: bool, ragge
 def attention_config(
     kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, precision: str, rich: bool, arch: Arch
 ) -> Attention:
-    """Tile of `fwd`, `dq` or `dkv`.
+    """Tile of `fwd`, `dq` or `dkv`: no more threads than its larger operand has pieces of 16 bytes.
+
+    More of them, with 16 features or few keys, would read it in narrower pieces.
+    """
+    found = _attention_tile(kernel, S_q, S_k, bd, bdv, itemsize, precision, rich, arch)
+    pieces = max(found.bm, found.bn) * min(bd, bdv) * itemsize // 16
+    lanes = 64 if arch.name.startswith("gfx") else 32
+    return found._replace(warps=min(found.warps, max(pieces // lanes, 1)))
+
+
+def _attention_tile(
+    kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, precision: str, rich: bool, arch: Arch
+) -> Attention:
+    """Tile of attention before its threads are held against its operands.
 
     Forward in half precision: 128 queries for eight warps, so that two groups of four feed wgmma, and blocks of 64 to
     128 keys in two to three stages of shared memory: the best of seven on an H100 (271 TFLOP/s with 64 features, 335
