@@ -60,6 +60,11 @@ def power_of_2(n: int, least: int = 1) -> int:
     return max(1 << max(n - 1, 0).bit_length(), least)
 
 
+def lanes_of(arch: Arch) -> int:
+    """Threads of a warp."""
+    return 64 if arch.name.startswith("gfx") else 32
+
+
 class Rows(NamedTuple):
     """A program's tile of a row-wise kernel."""
 
@@ -87,13 +92,12 @@ def rows_config(
         largest, step = 2048, 1024
     block = power_of_2(columns, 16)
     if block > largest:
-        # 16 warps: few programs share a multiprocessor, and L2 holds their rows till the second reading. A quarter of
+        # 512 threads: few programs share a multiprocessor, and L2 holds their rows till the second reading. A quarter of
         # the block is 8 half-precision elements a thread, so that its four quarters lie in the same threads.
-        return Rows(1, step, False, 16)
+        return Rows(1, step, False, 512 // lanes_of(arch))
     tile = 16384 if arch.name == "interpreted" else 2048
     together = min(max(tile // block, 1), power_of_2(rows))
-    most = 16 if arch.name.startswith("gfx") else 32  # 1024 threads: AMD's have 64 a warp
-    return Rows(together, block, True, min(max(together * block // 512, 4), most))
+    return Rows(together, block, True, min(max(together * block // 512, 4), 1024 // lanes_of(arch)))
 
 
 class Tile(NamedTuple):
@@ -294,8 +298,7 @@ def attention_config(
     """
     found = _attention_tile(kernel, S_q, S_k, bd, bdv, itemsize, precision, rich, arch)
     pieces = max(found.bm, found.bn) * min(bd, bdv) * itemsize // 16
-    lanes = 64 if arch.name.startswith("gfx") else 32
-    return found._replace(warps=min(found.warps, max(pieces // lanes, 1)))
+    return found._replace(warps=min(found.warps, max(pieces // lanes_of(arch), 1)))
 
 
 def _attention_tile(
