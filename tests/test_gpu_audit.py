@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import struct
 import sys
 from pathlib import Path
 
@@ -50,39 +52,77 @@ def test_what_does_not_fit_says_why(audit):
     assert "registers" in occupancy(90, 1024, 128, 0).limiter
 
 
+# What nvdisasm says of two pieces of code, of 128 and of 32 bytes, one after the other.
 DISASSEMBLY = """
-	.target	sm_90
-	.section	.nv.info._Z1kv,"",@"SHT_CUDA_INFO"
-	//----- nvinfo : EIATTR_KPARAM_INFO
-        /*0010*/ 	.word	0x00000000
-	//----- nvinfo : EIATTR_MAX_THREADS
-        /*0048*/ 	.byte	0x04, 0x05
-        /*004c*/ 	.word	0x00000100
-        /*0050*/ 	.word	0x00000001
-        /*0054*/ 	.word	0x00000002
-//--------------------- .text._Z1kv --------------------------
-_Z1kv:
-.text._Z1kv:
+	.headerflags	@"EF_CUDA_SM90"
         /*0000*/                   LDG.E.U16 R1, desc[UR8][R4.64] ;
-.L_x_0:
         /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR6][R4.64] ;
         /*0020*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
         /*0030*/                   STG.E desc[UR6][R4.64], R8 ;
-        /*0040*/              @!P0 BRA `(.L_x_0) ;
+        /*0040*/              @!P0 BRA 0x10;
         /*0050*/                   STL [R1], R2 ;
         /*0060*/                   EXIT ;
-.L_x_1:
-        /*0070*/                   BRA `(.L_x_1);
-//--------------------- .nv.shared --------------------------
+        /*0070*/                   BRA 0x70;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
 """
 RESOURCES = " Function _Z1kv:\n  REG:40 STACK:8 SHARED:1280 LOCAL:0 CONSTANT[0]:552\n"
 
 
-@pytest.fixture
-def kernel(audit, monkeypatch):
+def cubin(arch, sections, version):
+    """An ELF file with these sections, as far as the audit reads it; the architecture where that version has it."""
+    names, table, at = b"\0", [(0, 0, 0, 0)], 64
+    for name, contents in sections.items():
+        table.append((len(names), 1, at, len(contents)))
+        names, at = names + name.encode() + b"\0", at + len(contents)
+    table.append((0, 3, at, len(names)))
+    header = bytearray(64)
+    header[:9] = b"\x7fELF\x02\x01\x01\x41" + bytes([version])
+    struct.pack_into("<Q", header, 0x28, at + len(names))
+    struct.pack_into("<I", header, 0x30, arch << 8 | 4 if version >= 8 else 0x500500 | arch)
+    struct.pack_into("<HH", header, 0x3C, len(table), len(table) - 1)
+    headers = [struct.pack("<II16xQQ24x", *entry) for entry in table]
+    return bytes(header) + b"".join(sections.values()) + names + b"".join(headers)
+
+
+# A parameter's attribute, then threads of 256 x 1 x 2.
+INFO = struct.pack("<BBHIBBHBBH3I", 4, 0x17, 4, 7, 3, 0x1B, 255, 4, 5, 12, 256, 1, 2)
+
+
+@pytest.fixture(params=[7, 8], ids="version {}".format)
+def kernel(audit, monkeypatch, tmp_path, request):
     monkeypatch.setattr(audit["sass"], "run", lambda name, *a: DISASSEMBLY if name == "nvdisasm" else RESOURCES)
-    (found,) = audit["sass"].kernels(Path("k.cubin"))
+    files = []
+    for name, size, info in (("a", 128, INFO), ("b", 32, b"")):
+        files.append(tmp_path / f"{name}.cubin")
+        sections = {".nv.info._Z1kv": info, ".text._Z1kv": bytes(size)}
+        files[-1].write_bytes(cubin(90, sections, request.param))
+    (found,), (other,) = audit["sass"].kernels(files)
+    assert [i.opcode for i in other.code] == ["EXIT", "BRA"] and other.max_threads == 0
     return found
+
+
+def test_what_is_no_cubin_is_refused(audit, tmp_path):
+    (tmp_path / "k.cubin").write_bytes(b"\x7fELF\x01")
+    with pytest.raises(ValueError, match="not a cubin"):
+        audit["sass"].kernels([tmp_path / "k.cubin"])
+
+
+def test_a_broken_rule_fails_the_command(audit, monkeypatch, tmp_path, capsys):
+    """Of AMD's notes, which need no tool: status 1 and the rule's words; 0 where all are kept."""
+    spec = importlib.util.spec_from_file_location("gpu_audit_command", AUDIT / "__main__.py")
+    command = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    spec.loader.exec_module(command)
+    note = {"kernel": "attention.attention_dq", "config": "64", "arch": "gfx942", "warps": 4, "registers": 128}
+    note |= {"spills": 0, "shared": 4096, "mfma": True, "wide": True, "half": True}
+    monkeypatch.setattr(sys, "argv", ["gpu_audit", str(tmp_path)])
+    for spills in (0, 3):
+        (tmp_path / "a.gfx942.json").write_text(json.dumps({**note, "spills": spills}))
+        assert command.main() == (1 if spills else 0)
+        said = capsys.readouterr().out
+        assert ("RULE BROKEN: gfx942 Triton attention.attention_dq<64>: no spills: 3" in said) == bool(spills)
+        assert f"1 kernels, {1 if spills else 0} broken rules" in said
 
 
 def test_the_machine_code_is_read(kernel):

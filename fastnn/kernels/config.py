@@ -60,6 +60,11 @@ def power_of_2(n: int, least: int = 1) -> int:
     return max(1 << max(n - 1, 0).bit_length(), least)
 
 
+def lanes_of(arch: Arch) -> int:
+    """Threads of a warp."""
+    return 64 if arch.name.startswith("gfx") else 32
+
+
 class Rows(NamedTuple):
     """A program's tile of a row-wise kernel."""
 
@@ -87,13 +92,12 @@ def rows_config(
         largest, step = 2048, 1024
     block = power_of_2(columns, 16)
     if block > largest:
-        # 16 warps: few programs share a multiprocessor, and L2 holds their rows till the second reading. A quarter of
+        # 512 threads: few programs share a multiprocessor, and L2 holds their rows till the second reading. A quarter of
         # the block is 8 half-precision elements a thread, so that its four quarters lie in the same threads.
-        return Rows(1, step, False, 16)
+        return Rows(1, step, False, 512 // lanes_of(arch))
     tile = 16384 if arch.name == "interpreted" else 2048
     together = min(max(tile // block, 1), power_of_2(rows))
-    most = 16 if arch.name.startswith("gfx") else 32  # 1024 threads: AMD's have 64 a warp
-    return Rows(together, block, True, min(max(together * block // 512, 4), most))
+    return Rows(together, block, True, min(max(together * block // 512, 4), 1024 // lanes_of(arch)))
 
 
 class Tile(NamedTuple):
@@ -288,7 +292,19 @@ def _attention_float32(kernel: str, wide: int, precision: str, rich: bool, ragge
 def attention_config(
     kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, precision: str, rich: bool, arch: Arch
 ) -> Attention:
-    """Tile of `fwd`, `dq` or `dkv`.
+    """Tile of `fwd`, `dq` or `dkv`: no more threads than its larger operand has pieces of 16 bytes.
+
+    More of them, with 16 features or few keys, would read it in narrower pieces.
+    """
+    found = _attention_tile(kernel, S_q, S_k, bd, bdv, itemsize, precision, rich, arch)
+    pieces = max(found.bm, found.bn) * min(bd, bdv) * itemsize // 16
+    return found._replace(warps=min(found.warps, max(pieces // lanes_of(arch), 1)))
+
+
+def _attention_tile(
+    kernel: str, S_q: int, S_k: int, bd: int, bdv: int, itemsize: int, precision: str, rich: bool, arch: Arch
+) -> Attention:
+    """Tile of attention before its threads are held against its operands.
 
     Forward in half precision: 128 queries for eight warps, so that two groups of four feed wgmma, and blocks of 64 to
     128 keys in two to three stages of shared memory: the best of seven on an H100 (271 TFLOP/s with 64 features, 335

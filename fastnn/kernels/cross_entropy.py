@@ -12,7 +12,7 @@ from ..ops.cross_entropy import cross_entropy_bwd_fake, cross_entropy_fwd_fake
 from . import tune
 from .activation import tanh
 from .config import Rows, arch_of, cdiv, loss_config
-from .library import narrow, register, rows_of
+from .library import register, rows_of, unit_of
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INDEX, SMOOTHED, PROBABILITIES = (tl.constexpr(kind) for kind in range(3))
@@ -67,14 +67,16 @@ def cross_entropy_rows_fwd(
     cap,
     CAPPED: tl.constexpr,
     KIND: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """Of each row: loss, z loss, weight in the mean, and the maximum and log-sum for backward.
 
-    A class index that is neither in range nor ignored makes its row NaN.
+    A class index that is neither in range nor ignored makes its row NaN. `UNIT`: `unit_of` the logits.
     """
+    n, x_stride = n // UNIT * UNIT, x_stride // UNIT * UNIT
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     here = r < rows
@@ -191,13 +193,15 @@ def cross_entropy_rows_bwd(
     weight_sum_ptr,
     CAPPED: tl.constexpr,
     KIND: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """dx = slope of the cap * (softmax * (sum of the shares * scale + z) - share * scale).
 
-    `weight_sum_ptr`: the sum of the class weights.
+    `weight_sum_ptr`: the sum of the class weights. `UNIT`: `unit_of` the logits.
     """
+    n, x_stride = n // UNIT * UNIT, x_stride // UNIT * UNIT
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, BLOCK)[None, :]
     here = r < rows
@@ -256,10 +260,11 @@ def _targets(target: Tensor, kind: int) -> tuple[Tensor | None, Tensor | None]:
     return (None, target.contiguous()) if kind == 2 else (target.contiguous(), None)
 
 
-def _run(kernel: str, launch: Callable[[Rows], None], input: Tensor, options: tuple[Any, ...]) -> None:
+def _run(kernel: str, launch: Callable[[Rows], None], input: Tensor, unit: int, options: tuple[Any, ...]) -> None:
     """Launches with the tile for these logits."""
     (rows, n), arch = input.shape, arch_of(input.device.index)
-    tune.run(kernel, launch, loss_config(n, rows, arch, narrow(n, input)), input, arch, (rows, n), options)
+    narrow = unit == 1 or input.data_ptr() % 16 != 0
+    tune.run(kernel, launch, loss_config(n, rows, arch, narrow), input, arch, (rows, n), options)
 
 
 def cross_entropy_fwd(
@@ -282,16 +287,16 @@ def cross_entropy_fwd(
     if input.numel():
         kind = _kind(target, label_smoothing)
         x, targets = rows_of(input, n), _targets(target, kind)
-        w = None if weight is None else weight.contiguous()
+        w, unit = None if weight is None else weight.contiguous(), unit_of(n, x)
 
         def launch(tile: Rows) -> None:
             cross_entropy_rows_fwd[(cdiv(rows, tile.rows),)](
                 x, *targets, w, row_loss, row_z, row_weight, stats, rows, n, x.stride(0), ignore_index,
-                label_smoothing, z_loss, softcap, softcap != 0, kind, tile.rows, tile.block, tile.whole,
+                label_smoothing, z_loss, softcap, softcap != 0, kind, unit, tile.rows, tile.block, tile.whole,
                 num_warps=tile.warps,
             )  # fmt: skip
 
-        _run("cross_entropy_fwd", launch, x, (kind, softcap != 0, w is not None, row_z is not None))
+        _run("cross_entropy_fwd", launch, x, unit, (kind, softcap != 0, w is not None, row_z is not None))
     elif rows:  # of no class
         row_loss.zero_()
         row_weight.fill_(1.0)
@@ -330,17 +335,17 @@ def cross_entropy_bwd(
     rows, n = input.shape
     kind = _kind(target, label_smoothing)
     x, targets = rows_of(input, n), _targets(target, kind)
-    w = None if weight is None else weight.contiguous()
+    w, unit = None if weight is None else weight.contiguous(), unit_of(n, x)
     weight_sum = None if w is None or kind != 1 else w.sum(dtype=stats.dtype)
 
     def launch(tile: Rows) -> None:
         cross_entropy_rows_bwd[(cdiv(rows, tile.rows),)](
             grad, x, *targets, w, stats, divisors, dx, rows, n, grad.stride(0) if reduction == NONE else 0,
-            x.stride(0), ignore_index, label_smoothing, z_loss, softcap, weight_sum, softcap != 0, kind, tile.rows,
-            tile.block, num_warps=tile.warps,
+            x.stride(0), ignore_index, label_smoothing, z_loss, softcap, weight_sum, softcap != 0, kind, unit,
+            tile.rows, tile.block, num_warps=tile.warps,
         )  # fmt: skip
 
-    _run("cross_entropy_bwd", launch, x, (kind, softcap != 0, w is not None))
+    _run("cross_entropy_bwd", launch, x, unit, (kind, softcap != 0, w is not None))
     return dx
 
 

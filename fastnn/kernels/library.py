@@ -81,6 +81,17 @@ def narrow(columns: int, *tensors: Tensor | None) -> bool:
     return False
 
 
+def unit_of(columns: int, t: Tensor) -> int:
+    """Elements of 16 bytes where rows of `columns` neighbours in `t` are made of such pieces, else 1.
+
+    A kernel that writes `n // UNIT * UNIT` for a number that UNIT divides tells Triton so, and 1000 classes are read
+    16 bytes at a time though 16 does not divide them.
+    """
+    unit = 16 // t.element_size()
+    strides = (stride for stride, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1)
+    return 1 if columns % unit or any(stride % unit for stride in strides) else unit
+
+
 def rows_of(t: Tensor, columns: int) -> Tensor:
     """`t`, not empty, as (rows, columns) with neighbouring columns; copied only where no stride describes the rows."""
     rows = t.reshape(-1, columns)

@@ -1,21 +1,14 @@
-"""Builds the matrix kernels for the emulator, once per state of their sources, and loads them."""
+"""The matrix kernels' launchers in the emulated library."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import subprocess
-import tempfile
 from ctypes import c_int64, c_uint64
-from pathlib import Path
 from typing import NamedTuple
 
+import emulated_ops
 import pytest
 from matrix_calls import Launchers
-
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("linear.cu", "attention_fwd.cu", "attention_bwd.cu", "attention_f32.cu")
 
 
 class Plan(NamedTuple):
@@ -85,23 +78,6 @@ class Emulated(Launchers):
 
 def build() -> Emulated:
     """The emulated library; skips where there is no C++ compiler."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    if shutil.which(emulated_ops.COMPILER) is None:
         pytest.skip("the emulator needs a C++ compiler")
-    cuda, here = ROOT / "csrc" / "cuda", ROOT / "tests" / "cuda_emu"
-    digest = hashlib.sha256(compiler.encode())
-    for path in sorted(
-        [*cuda.iterdir(), *(ROOT / "csrc" / "params").iterdir(), *here.glob("*.h"), *here.glob("*.cpp")]
-    ):
-        digest.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"fastnn-emulated-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"matrix-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}")
-        flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-shared", "-DFASTNN_CUDA_EMU", "-Wall", "-Wextra", "-Werror"]
-        includes = ["-Wno-unknown-pragmas", f"-I{ROOT / 'csrc'}", f"-I{here}"]
-        sources = [*(str(cuda / name) for name in SOURCES), str(here / "matrix_driver.cpp")]
-        subprocess.run([compiler, *flags, *includes, "-x", "c++", *sources, "-o", str(partial)], check=True)
-        partial.rename(library)
-    return Emulated(library)
+    return Emulated(emulated_ops.library_path())

@@ -89,6 +89,20 @@ FAULTS = [
         "cross_entropy/{softcap}/fp32",
     ),
     Fault(
+        "cross-entropy: any stride is taken for a multiple of 16 bytes",
+        "library.py",
+        "1 if columns % unit or any(stride % unit for stride in strides) else unit",
+        "1 if columns % unit or not strides else unit",
+        "cross_entropy/whole_vectors_rows_apart/fp32",
+    ),
+    Fault(
+        "cross-entropy: any number of classes is taken for a multiple of 16 bytes",
+        "library.py",
+        "1 if columns % unit or any(stride % unit for stride in strides) else unit",
+        "1 if any(stride % unit for stride in strides) else unit",
+        "cross_entropy/rows_apart/fp32",
+    ),
+    Fault(
         "norm: the mean of the masked lanes counts",
         NORM,
         "d = tl.where(inside, x - first, 0.0)\n        shift",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 from sass import Kernel, Summary, demangled, summaries, tool
 
 ROOT = Path(__file__).resolve().parents[2]
+TOGETHER = 64
+"""Cubins that a process reads at a time."""
 
 
 @dataclass
@@ -110,8 +113,10 @@ def collect(paths: Sequence[Path], cache: Path | None = None, jobs: int = 1) -> 
     found: list[Found] = []
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(jobs) as pool:
         cubins = list(_cubins(paths, Path(folder)))
+        together = [cubins[i : i + TOGETHER] for i in range(0, len(cubins), TOGETHER)]
         read = functools.partial(summaries, cache=cache)
-        for cubin, here in zip(cubins, map(read, cubins) if jobs == 1 else pool.map(read, cubins), strict=True):
+        parts = map(read, together) if jobs == 1 else pool.map(read, together)
+        for cubin, here in zip(cubins, itertools.chain.from_iterable(parts), strict=True):
             note = cubin.with_suffix(".json")
             if note.exists():
                 found += _triton(here, json.loads(note.read_text("utf-8")))

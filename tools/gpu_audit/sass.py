@@ -5,12 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import re
 import shutil
+import struct
 import subprocess
+import tempfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -168,36 +173,57 @@ def demangled(names: list[str]) -> dict[str, str]:
     return dict(zip(names, text.splitlines(), strict=True))
 
 
-def summaries(cubin: Path, cache: Path | None = None) -> list[Summary]:
-    """The kernels of a cubin, by name; from `cache` where a cubin of the same bytes was read before by this source."""
+def summaries(cubins: Sequence[Path], cache: Path | None = None) -> list[list[Summary]]:
+    """The kernels of each cubin, by name; from `cache` where one of the same bytes was read before by this source."""
     if cache is None:
-        return [Summary.of(kernel) for kernel in kernels(cubin)]
-    digest = hashlib.sha256(Path(__file__).read_bytes() + cubin.read_bytes()).hexdigest()
-    known = cache / f"{digest[:32]}.json"
-    if known.exists():
-        return [Summary(**one) for one in json.loads(known.read_text("utf-8"))]
-    found = summaries(cubin)
-    partial = known.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps([asdict(one) for one in found]), "utf-8")
-    partial.rename(known)
+        return [[Summary.of(kernel) for kernel in here] for here in kernels(cubins)]
+    source = Path(__file__).read_bytes()
+    places = [cache / f"{hashlib.sha256(source + cubin.read_bytes()).hexdigest()[:32]}.json" for cubin in cubins]
+    new = [(cubin, place) for cubin, place in zip(cubins, places, strict=True) if not place.exists()]
+    for here, (_, place) in zip(summaries([cubin for cubin, _ in new]), new, strict=True):
+        partial = place.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps([asdict(one) for one in here]), "utf-8")
+        partial.rename(place)
+    return [[Summary(**one) for one in json.loads(place.read_text("utf-8"))] for place in places]
+
+
+def kernels(cubins: Sequence[Path]) -> list[list[Kernel]]:
+    """The kernels of each cubin, by name.
+
+    nvdisasm takes half a second to start, so that it is given the code of all cubins of an architecture at once.
+    """
+    found: list[list[Kernel]] = []
+    waiting: dict[int, list[tuple[Kernel, bytes]]] = {}
+    for cubin in cubins:
+        data = cubin.read_bytes()
+        arch, parts = _arch(cubin, data), dict(_sections(data))
+        here = {name: Kernel(name, arch, *fields) for name, fields in _resources(cubin, arch).items()}
+        for name, kernel in here.items():
+            kernel.max_threads = _max_threads(parts.get(f".nv.info.{name}", b""))
+            waiting.setdefault(arch, []).append((kernel, parts[f".text.{name}"]))
+        found.append([here[name] for name in sorted(here)])
+    for arch, pieces in waiting.items():
+        for (kernel, _), code in zip(pieces, _disassembled(arch, [code for _, code in pieces]), strict=True):
+            kernel.code = code
     return found
 
 
-def kernels(cubin: Path) -> list[Kernel]:
-    """The kernels of a cubin, by name."""
-    text = run("nvdisasm", str(cubin))
-    target = re.search(r"\.target\s+sm_(\d+)", text)
-    if target is None:
-        raise ValueError(f"{cubin}: no target in the disassembly")
-    arch = int(target[1])
-    found = {name: Kernel(name, arch, *fields) for name, fields in _resources(cubin, arch).items()}
-    for name, threads in _max_threads(text).items():
-        if name in found:
-            found[name].max_threads = threads
-    for name, code in _code(text).items():
-        if name in found:
-            found[name].code = code
-    return [found[name] for name in sorted(found)]
+def _arch(cubin: Path, data: bytes) -> int:
+    """90 for sm_90: a byte of the ELF header's flags, another one from version 8 of the format on."""
+    if data[:5] != b"\x7fELF\x02":
+        raise ValueError(f"{cubin}: not a cubin")
+    flags: int = struct.unpack_from("<I", data, 0x30)[0]
+    return (flags >> 8 if data[8] >= 8 else flags) & 0xFF
+
+
+def _sections(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(name, contents) of the sections of an ELF file of 64 bits."""
+    (at,), (count, names) = struct.unpack_from("<Q", data, 0x28), struct.unpack_from("<HH", data, 0x3C)
+    headers = [struct.unpack_from("<II16xQQ", data, at + 64 * i) for i in range(count)]
+    for name, kind, start, size in headers:
+        first = headers[names][2] + name
+        nobits = kind == 8
+        yield data[first : data.index(0, first)].decode(), b"" if nobits else data[start : start + size]
 
 
 def _resources(cubin: Path, arch: int) -> dict[str, tuple[int, int, int]]:
@@ -212,51 +238,49 @@ def _resources(cubin: Path, arch: int) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _max_threads(text: str) -> dict[str, int]:
-    """From the attributes of each kernel's info section: threads in x, y and z."""
-    found, name = {}, ""
-    waiting: list[int] | None = None
-    for line in text.splitlines():
-        if match := re.match(r"\s*\.section\s+\.nv\.info\.(\S+?),", line):
-            name, waiting = match[1], None
-        elif "EIATTR_" in line:
-            waiting = [] if re.search(r"EIATTR_(MAX_THREADS|REQNTID)\b", line) else None
-        elif waiting is not None and (match := re.search(r"\.word\s+0x([0-9a-f]+)", line)):
-            waiting.append(int(match[1], 16))
-            if len(waiting) == 3:
-                found[name], waiting = waiting[0] * waiting[1] * waiting[2], None
-    return found
+MAX_THREADS, REQUIRED_THREADS = 0x05, 0x10
+"""Attributes of a kernel's info section: threads in x, y and z."""
 
 
-def _code(text: str) -> dict[str, list[Instruction]]:
-    found: dict[str, list[Instruction]] = {}
-    lines: list[tuple[str, str, str]] = []
-    name = ""
-    for line in text.splitlines():
-        if match := re.match(r"\.text\.(\S+):", line.strip()):
-            if name:
-                found[name] = _with_loops(lines)
-            name, lines = match[1], []
-        elif match := re.match(r"\s*(\.L_x_\d+):", line):
-            lines.append((match[1], "", ""))
-        elif match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", line):
-            lines.append(("", match[1], match[2]))
-        elif line.startswith("//----") and name:
-            found[name] = _with_loops(lines)
-            name, lines = "", []
-    if name:
-        found[name] = _with_loops(lines)
-    return found
+def _max_threads(info: bytes) -> int:
+    """Of a launch of that kernel, 0 where it has no bounds.
+
+    Each attribute is a format, a number, and two bytes of value; of format 4 these are the size of what follows.
+    """
+    at = 0
+    while at + 4 <= len(info):
+        form, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if form == 4:
+            if attribute in (MAX_THREADS, REQUIRED_THREADS):
+                return math.prod(struct.unpack_from("<III", info, at))
+            at += size
+    return 0
 
 
-def _with_loops(lines: list[tuple[str, str, str]]) -> list[Instruction]:
-    """Loops are backward branches; what lies between a branch and its label is inside."""
-    at = {label: i for i, (label, _, _) in enumerate(lines) if label}
+def _disassembled(arch: int, pieces: Sequence[bytes]) -> list[list[Instruction]]:
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(pieces))
+        file.flush()
+        text = run("nvdisasm", "--binary", f"SM{arch}{'a' if arch >= 90 else ''}", file.name)
+    ends = list(itertools.accumulate(map(len, pieces)))
+    lines: list[list[tuple[int, str, str]]] = [[] for _ in pieces]
+    piece = 0
+    for match in re.finditer(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", text):
+        at = int(match[1], 16)
+        while at >= ends[piece]:
+            piece += 1
+        lines[piece].append((at, match[2], match[3]))
+    return [_with_loops(here) for here in lines]
+
+
+def _with_loops(lines: Sequence[tuple[int, str, str]]) -> list[Instruction]:
+    """Loops are backward branches; what lies between a branch and its target is inside."""
+    place = {at: i for i, (at, _, _) in enumerate(lines)}
     loops: list[list[int]] = [[] for _ in lines]
     for i, (_, opcode, rest) in enumerate(lines):
-        match = re.search(r"\.L_x_\d+", rest) if opcode.startswith("BRA") else None
-        start = at.get(match[0], i) if match else i
-        if start < i - 1:  # a branch to itself ends every kernel
-            for j in range(start, i + 1):
-                loops[j].append(i)
-    return [Instruction(op, rest, tuple(loops[i])) for i, (_, op, rest) in enumerate(lines) if op]
+        targets = re.findall(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else []
+        start = place.get(int(targets[-1], 16), i) if targets else i
+        for j in range(start, i + 1) if start < i else ():  # a branch to itself ends every kernel
+            loops[j].append(i)
+    return [Instruction(op, rest, tuple(loops[i])) for i, (_, op, rest) in enumerate(lines)]

@@ -191,6 +191,7 @@ def _matrix_cases() -> Iterator[Case]:
         yield _case(f"classes_{classes}_probabilities", "tail", shape, label_smoothing=0.2)
     rows = {"input_memory": "padded_rows", "target_memory": "padded_rows"}
     yield _case("rows_apart", "padded_rows", _Shape((6, 65), weight=True, **rows), reduction="none")
+    yield _case("whole_vectors_rows_apart", "padded_rows", _Shape((6, 64), **rows), reduction="none")
     yield _case("probabilities_rows_apart", "padded_rows", _Shape((6, 65), True, **rows), **EVERYTHING)
     turned: Any = {"input_memory": "transposed", "target_memory": "transposed"}
     yield _case("classes_first", "transposed", _Shape((23, 18), **turned), reduction="none")
