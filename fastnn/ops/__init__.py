@@ -6,6 +6,7 @@ from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_groupwise import dequantize_groups, embedding_groupwise, linear_groupwise, quantize_groups
 from .linear_int8 import linear_int8, quantize_rows
 from .masked_softmax import masked_softmax
 from .mlp import mlp, swiglu_mlp
@@ -17,17 +18,21 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "cross_entropy",
+    "dequantize_groups",
     "dropout_add",
+    "embedding_groupwise",
     "geglu",
     "gelu",
     "hardswish",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_groupwise",
     "linear_int8",
     "log_softmax",
     "masked_softmax",
     "mlp",
+    "quantize_groups",
     "quantize_rows",
     "reglu",
     "relu",
