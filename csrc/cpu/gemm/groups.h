@@ -87,8 +87,10 @@ FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
       }
     }
   }
-  int64_t left = layout.rows;
-  do {
+  const int64_t rows = layout.rows;
+  if (rows <= 0) __builtin_unreachable();  // a block has codes: no sums that were not summed
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < rows; ++r) {
     Vec row[NV];
     FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
       row[v] = load(reinterpret_cast<const float*>(codes + v / kVecsPerStrip * g.strip_bytes) +
@@ -109,7 +111,7 @@ FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
     }
     codes += GroupLayout::kLine;
     a += kQuads * 4;
-  } while (--left > 0);
+  }
   const char* const scales = g.codes + layout.scales_at(b);
   FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
     const char* const at =
