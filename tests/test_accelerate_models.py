@@ -87,6 +87,49 @@ def test_llamas_feed_forward_block_is_one_op(freeze):
     assert kernels_of(model, tokens).count(kernel) == 2
 
 
+LLAMAS = {  # name -> (kind, more of its configuration, kernels that only run where its copies are what they are named)
+    "llama": ("Llama", {}, {"norm_fwd": 5, "rope_fwd": 2}),
+    "qwen3": ("Qwen3", dict(head_dim=8), {"norm_fwd": 9, "rope_fwd": 2}),  # norms of the heads, too
+    "gemma": ("Gemma", dict(head_dim=8), {"rope_fwd": 2}),  # weights count from 1
+    "cohere": ("Cohere", {}, {}),  # neighbours are rotated, and its norm takes the mean away
+}
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_norms_and_rotation_of_llamas_kind(name):
+    kind, more, wanted = LLAMAS[name]
+    ids = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **ids, num_key_value_heads=2, **more)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for norm in (m for m in model.modules() if type(m).__name__.endswith("RMSNorm")):
+        torch.nn.init.normal_(norm.weight)
+    before, tokens = copy.deepcopy(model), {"input_ids": torch.randint(0, 100, (2, 7))}
+    report = fastnn.accelerate(model, example_inputs=tokens)
+    assert report.verified and not any(e.reason.startswith("undone") for e in report.entries)
+    left = [e for e in report.skipped if e.was.endswith("RMSNorm")]
+    assert all(e.reason == f"{e.was} is another function" for e in left) and len(left) == (5 if name == "gemma" else 0)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        ran = kernels_of(copied, tokens)
+        assert {kernel: ran.count(kernel) for kernel in ("norm_fwd", "rope_fwd") if kernel in ran} == wanted
+        torch.testing.assert_close(copied(**tokens)[0], before(**tokens)[0], rtol=1e-4, atol=1e-5)
+    assert not {"norm_fwd", "rope_fwd"} & set(kernels_of(before, tokens)), "another model of the class was changed"
+    again = fastnn.accelerate(model, example_inputs=tokens)
+    assert not again.accelerated and not again._patches
+    report.restore()
+    assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+
+
+def test_a_norm_that_keeps_float32_is_left_to_transformers():
+    model = transformers.LlamaForCausalLM(TINY["llama"][1]).eval()
+    norm = model.model.norm
+    with fastnn.accelerate(model):
+        half = norm.weight.detach().new_ones(2, 32).half()
+        with fastnn.record() as runs:
+            found = norm(half)
+        assert found.dtype == torch.float32 and not runs
+
+
 def test_conv1d_leaves_few_rows_to_torch_unless_frozen():
     model = transformers.GPT2Model(TINY["gpt2"][1]).eval()
     few, many = ({"input_ids": torch.randint(0, 100, (1, n))} for n in (7, 200))

@@ -37,7 +37,7 @@ def test_fault_can_be_planted(fault):
 @pytest.mark.alone
 @pytest.mark.parametrize("every", [pytest.param(1, id="all", marks=pytest.mark.slow), pytest.param(9, id="each ninth")])
 def test_every_fault_is_caught(every, extension, capsys):
-    lacking = [tool for tool in ("cmake", "c++") if not shutil.which(tool, path=TOOLS)]
+    lacking = [tool for tool in ("cmake", "ninja", "c++") if not shutil.which(tool, path=TOOLS)]
     if lacking:
         pytest.skip(f"planting faults compiles: {', '.join(lacking)} not on PATH")
     command = [sys.executable, str(FOLDER / "plant.py"), "--jobs", "2", "--every", str(every)]

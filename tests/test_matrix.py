@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import inspect
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 import fastnn
 from fastnn import _dispatch, _extension, testing
-from fastnn.testing import LAYOUTS, MATRIX_LAYOUTS, cases, matrix_cells, op_names, targets, unavailable
+from fastnn.testing import (
+    LAYOUTS,
+    MATRIX_LAYOUTS,
+    REFERENCE_DTYPES,
+    cases,
+    matrix_cells,
+    op_names,
+    targets,
+    unavailable,
+)
 
 OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
 # The functions that together have every tensor argument of an op; the others are called as their op.
@@ -33,12 +43,12 @@ PLAIN = {
 def rows():
     """(op, dtype, target, layout) for every one; those that this machine cannot run are skipped with the reason."""
     reasons = unavailable()
-    for op in op_names():
-        for target in (*targets(), *reasons):
-            marks = [pytest.mark.skip(reason=reasons[target])] if target in reasons else []
-            for dtype in target.dtypes:
-                for layout in LAYOUTS:
-                    yield pytest.param(op, dtype, target, layout, id=f"{op}-{dtype}-{target}-{layout}", marks=marks)
+    everywhere = (*targets(), *reasons)
+    # Targets innermost: rows that are compared with the same truth follow each other.
+    for op, dtype, layout, target in product(op_names(), REFERENCE_DTYPES, LAYOUTS, everywhere):
+        marks = [pytest.mark.skip(reason=reasons[target])] if target in reasons else []
+        if dtype in target.dtypes:
+            yield pytest.param(op, dtype, target, layout, id=f"{op}-{dtype}-{target}-{layout}", marks=marks)
 
 
 ROWS = list(rows())

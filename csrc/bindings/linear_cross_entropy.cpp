@@ -50,6 +50,15 @@ void read_operands(Call& call, const char* op, const Operands& o) {
   p.bias_stride = o.bias->stride(0);
 }
 
+void read_call(Call& call, const char* op, const Operands& o, const Tensor& target,
+               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+               double label_smoothing, double z_loss, double softcap) {
+  read_operands(call, op, o);
+  read_loss_options(call, op, reduction, ignore_index, label_smoothing, z_loss, softcap);
+  read_class_indices(call, op, target);
+  read_class_weight(call, op, weight, {call.dtype, DType::kFloat32});
+}
+
 struct Gradients {
   OptionalTensor input, weight, bias;
 };
@@ -94,10 +103,8 @@ std::tuple<Tensor, Tensor, OptionalTensor, OptionalTensor, OptionalTensor> fwd(
   const DeviceScope scope(input);
   const Operands operands = {input, linear_weight, linear_bias};
   Call call;
-  read_operands(call, op, operands);
-  read_loss_options(call, op, reduction, ignore_index, label_smoothing, z_loss, softcap);
-  read_class_indices(call, op, target);
-  read_class_weight(call, op, weight, {call.dtype, DType::kFloat32});
+  read_call(call, op, operands, target, weight, reduction, ignore_index, label_smoothing, z_loss,
+            softcap);
   const Gradients g = new_gradients(call, op, operands, mask);
   FASTNN_CHECK(reduction != kNone || !(mask[0] || mask[1] || mask[2]), ValueError, "fastnn::", op,
                ": the gradients of unreduced losses are linear_cross_entropy_bwd's");
@@ -129,10 +136,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
   const DeviceScope scope(input);
   const Operands operands = {input, linear_weight, linear_bias};
   Call call;
-  read_operands(call, op, operands);
-  read_loss_options(call, op, reduction, ignore_index, label_smoothing, z_loss, softcap);
-  read_class_indices(call, op, target);
-  read_class_weight(call, op, weight, {call.dtype, DType::kFloat32});
+  read_call(call, op, operands, target, weight, reduction, ignore_index, label_smoothing, z_loss,
+            softcap);
   const int64_t rows = call.p.rows;
   FASTNN_CHECK(checked_dtype(stats, op, "stats") == DType::kFloat32 && stats.is_contiguous() &&
                    stats.numel() == 2 * rows,

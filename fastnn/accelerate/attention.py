@@ -12,7 +12,9 @@ from torch.nn import Module
 from .._record import note_reference
 from ..nn import MultiheadAttention
 from ..ops.attention import scaled_dot_product_attention
+from .llama import Rotating
 from .report import Patch
+from .standin import stand_in
 
 INTERFACE = "fastnn"
 """The name under which transformers knows fastnn's attention."""
@@ -71,14 +73,20 @@ def implementation(module: Module) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-def transformers_patch(module: Module) -> Patch:
-    """Gives one attention module a config of its own that names fastnn; the model's config stays as it is."""
+def transformers_patch(module: Module, rotating: bool) -> Patch:
+    """Gives one attention module a config of its own that names fastnn; the model's config stays as it is.
+
+    Args:
+        module: the attention module.
+        rotating: whether its forward is to rotate queries and keys by fastnn's kernel as well.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(INTERFACE, attention_forward)
     config = copy.copy(module.config)
     vars(config)["_attn_implementation_internal"] = INTERFACE
-    return Patch(module, type(module), {"config": config})
+    kind = stand_in(Rotating, type(module)) if rotating else type(module)
+    return Patch(module, kind, {"config": config})
 
 
 def encoder_layer_patch(layer: nn.TransformerEncoderLayer) -> Patch:

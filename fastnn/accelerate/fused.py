@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import abc
 import copy
-import copyreg
 import functools
-import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import Module
 
 from .fuse import Plan, make_plan
+from .standin import StandIn, stand_in, why_no_stand_in
 from .trace import Fused, original_class
 
 STATE = "_fastnn_fusion"
@@ -40,9 +39,20 @@ class Fusion:
         return other
 
 
-class _FusedModule(Fused):  # without __slots__: instances must have the layout of a Module's
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Ends here: a registry of subclasses kept by the user's class must not learn of this one."""
+class _FusedModule(StandIn, Fused):
+    @classmethod
+    def _forward_for(cls, base: type[Module]) -> Callable[..., Any]:
+        @functools.wraps(base.forward)
+        def forward(self: Module, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():  # the compiler fuses by itself, and guards what it reads
+                plan = vars(self)[STATE].plans.get(self.training)
+                if plan is not None and plan.holds():
+                    tensors = plan.arguments(args, kwargs)
+                    if tensors is not None:
+                        return plan.run(self, *tensors)
+            return base.forward(self, *args, **kwargs)
+
+        return forward
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -50,47 +60,12 @@ class _FusedModule(Fused):  # without __slots__: instances must have the layout 
         if fusion is not None:
             fusion.make(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced = super().__reduce_ex__(protocol)
-        if reduced[0] is copyreg.__newobj__ and reduced[1] == (type(self),):  # type: ignore[attr-defined]
-            return (_new_fused, (original_class(self),), *reduced[2:])  # type: ignore[arg-type]
-        return reduced
-
-
-def _new_fused(base: type[Module]) -> Module:
-    kind = fused_class(base)
-    return kind.__new__(kind)
-
 
 def why_not_fused(module: Module) -> str:
     """Why the module's class cannot be stood in for, in words; empty where it can."""
-    base = original_class(module)
-    if type(base) not in (type, abc.ABCMeta):
-        return f"the metaclass of {base.__name__} is {type(base).__name__}"
-    if any(vars(kind).get("__slots__") for kind in base.__mro__):
-        return f"instances of {base.__name__} have a fixed layout"
-    return ""
+    return why_no_stand_in(original_class(module))
 
 
 def fused_class(base: type[Module]) -> type[Module]:
     """The stand-in for `base`: same name and module, same forward but for the fused calls."""
-    for existing in base.__subclasses__():
-        if existing.__bases__ == (_FusedModule, base):
-            return existing
-
-    @functools.wraps(base.forward)
-    def forward(self: Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # the compiler fuses by itself, and guards what it reads
-            plan = vars(self)[STATE].plans.get(self.training)
-            if plan is not None and plan.holds():
-                tensors = plan.arguments(args, kwargs)
-                if tensors is not None:
-                    return plan.run(self, *tensors)
-        return base.forward(self, *args, **kwargs)
-
-    def body(namespace: dict[str, Any]) -> None:
-        namespace.update(
-            forward=forward, __module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__
-        )
-
-    return types.new_class(base.__name__, (_FusedModule, base), {}, body)
+    return stand_in(_FusedModule, base)

@@ -28,7 +28,9 @@ from . import activations, attention
 from .conv1d import is_conv1d, ours
 from .fuse import LINEAR, NORMS, Pair, Reading, is_linear, read
 from .fused import STATE, Fusion, fused_class, why_not_fused
+from .llama import TheirRMSNorm, calls_rotary, is_their_norm, why_not_our_norm
 from .report import Patch
+from .standin import stand_in
 from .trace import Fused, containers
 
 _SWAPPED: dict[type[Module], tuple[type[Module], str]] = {
@@ -128,6 +130,8 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
     for theirs, (_, op) in _SWAPPED.items():
         if isinstance(module, theirs):
             return _swapped(Finding(name, module, was, op), sample)
+    if is_their_norm(module):
+        return _their_norm(Finding(name, module, was, "norm"))
     implementation = attention.implementation(module)
     if implementation is not None:
         return _transformers(Finding(name, module, was, "attention"), implementation, sample)
@@ -195,6 +199,20 @@ def _swapped(found: Finding, sample: Tensor) -> Finding:
     return found
 
 
+def _their_norm(found: Finding) -> Finding:
+    module, weight = found.module, getattr(found.module, "weight", torch.empty(0))
+    found.backend, found.reason = backend_for("norm", weight.device, weight.dtype)
+    if isinstance(module, TheirRMSNorm):
+        found.reason = "is fastnn's already"
+    elif "forward" in vars(module):
+        found.reason = "its forward was replaced on the instance"
+    elif not found.reason:
+        found.reason = why_not_our_norm(module)
+        if not found.reason:
+            found.patch = Patch(module, stand_in(TheirRMSNorm, type(module)), {})
+    return found
+
+
 def _transformers(found: Finding, implementation: str, sample: Tensor) -> Finding:
     found.backend, found.reason = backend_for("attention", sample.device, sample.dtype)
     if implementation == attention.INTERFACE:
@@ -202,8 +220,9 @@ def _transformers(found: Finding, implementation: str, sample: Tensor) -> Findin
     elif implementation != "sdpa":
         found.reason = f"its attention implementation is {implementation!r}; fastnn takes the place of 'sdpa'"
     elif not found.reason:
-        found.patch = attention.transformers_patch(found.module)
-        found.note = "attention interface 'fastnn'"
+        rotating = calls_rotary(found.module) and bool(backend_for("rope", sample.device, sample.dtype)[0])
+        found.patch = attention.transformers_patch(found.module, rotating)
+        found.note = "attention interface 'fastnn'" + (" and rope" if rotating else "")
     return found
 
 

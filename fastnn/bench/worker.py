@@ -139,7 +139,9 @@ def check_kernel(case: BenchCase, who: Contender, runner: Runner) -> str:
     with record() as runs:
         runner.call()
     ran = {run.kernel for run in runs if run.backend != "reference" and way.backend in ("", run.backend)}
-    recorded = sorted({f"{run.kernel} on {run.backend}" if way.backend else run.kernel for run in runs})
+    recorded = sorted(
+        {f"{run.kernel} on {run.backend}" if way.backend or run.backend == "reference" else run.kernel for run in runs}
+    )
     return "" if way.kernel in ran else f"{way.kernel} did not run; recorded: {recorded}"
 
 

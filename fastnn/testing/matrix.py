@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
@@ -111,22 +112,15 @@ def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout:
         PromiseError: an input or grad_output was changed, two runs differ, another kernel or instruction set ran.
     """
     where = f"{case.op}/{case.name} {dtype} on {target}"
-    given = case.inputs(REFERENCE_DTYPES[dtype], seed)
-    inputs = on_device(given, target.device)
-    truth = _run(case, case.reference, _upcast(given), None)
+    inputs = on_device(case.inputs(REFERENCE_DTYPES[dtype], seed), target.device)
+    layout = case.layout if grad_layout is None else grad_layout
+    expect = _expected.__wrapped__ if case.wide else _expected
+    truth, rival = expect(case, dtype, seed, layout, target.device)
     if case.bites:
         policy.assert_bites(truth[0], where=where)
-    rival_call = case.rival or case.reference
     grad = None
     if case.differentiable:
-        with torch.no_grad():
-            like = rival_call(given)
-        grad = _grad_output(like, seed, case.layout if grad_layout is None else grad_layout)
-        truth = _run(case, case.reference, _upcast(given), grad.to(torch.float64))
-    rival = _rival(case, given, inputs, grad, target.device)
-    truth = [t.to(target.device) for t in truth]
-    if grad is not None:
-        grad = on_device({"grad_output": grad}, target.device)["grad_output"]
+        grad = on_device({"grad_output": _grad_output(rival[0], seed, layout)}, target.device)["grad_output"]
     ours, runs = _run_watched(case, inputs, grad, target, where)
     prove_ran(case, target, runs, where)
     compared = {part: Compared(*three) for part, *three in zip(case.parts, ours, truth, rival, strict=True)}
@@ -139,8 +133,21 @@ def check(case: Case, dtype: str, target: Target, *, seed: int = 0, grad_layout:
     return Verdict(case, dtype, target, measured, tuple(runs), compared)
 
 
-def _upcast(inputs: Inputs) -> Inputs:
-    return {name: t.to(torch.float64) if t.is_floating_point() else t for name, t in inputs.items()}
+@lru_cache(maxsize=256)
+def _expected(
+    case: Case, dtype: str, seed: int, grad_layout: str, device: str
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Truth and rival, on `device`: kept, since every target is compared with the same (not for large cases)."""
+    given = case.inputs(REFERENCE_DTYPES[dtype], seed)
+    exact = {name: t.to(torch.float64) if t.is_floating_point() else t for name, t in given.items()}
+    grad = exact_grad = None
+    if case.differentiable:
+        with torch.no_grad():
+            like = (case.rival or case.reference)(given)
+        grad = _grad_output(like, seed, grad_layout)
+        exact_grad = grad.to(torch.float64)
+    truth = [t.to(device) for t in _run(case, case.reference, exact, exact_grad)]
+    return tuple(truth), tuple(_rival(case, given, grad, device))
 
 
 def _grad_output(like: Tensor, seed: int, layout: str) -> Tensor:
@@ -148,14 +155,14 @@ def _grad_output(like: Tensor, seed: int, layout: str) -> Tensor:
     return arrange(values, layout)
 
 
-def _rival(case: Case, given: Inputs, inputs: Inputs, grad: Tensor | None, device: str) -> list[Tensor]:
+def _rival(case: Case, given: Inputs, grad: Tensor | None, device: str) -> list[Tensor]:
     """Torch's results on `device`; the CPU's where torch cannot run the call there (mixed types in a norm, say)."""
     call = case.rival or case.reference
     if device != "cpu":
         there = None if grad is None else on_device({"grad_output": grad}, device)["grad_output"]
         try:
             with torchs_sound_kernels(device):
-                found = _run(case, call, inputs, there)
+                found = _run(case, call, on_device(given, device), there)
             synchronize(device)
             if all(isinstance(t, Tensor) for t in found):  # no gradient of nothing, for some empty operands
                 return found

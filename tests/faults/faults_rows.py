@@ -198,7 +198,37 @@ DROPOUT_FAULTS = [
     ),
 ]
 
+LLAMA = "fastnn/accelerate/llama.py"
+LLAMAS = "tests/test_accelerate_models.py::test_norms_and_rotation_of_llamas_kind"
 ROPE_FAULTS = [
+    Fault(
+        "accelerate: a norm is judged by its name",
+        LLAMA,
+        "if _is_rms_norm(module, epsilon) else",
+        "if module else",
+        (f"{LLAMAS}[gemma]",),
+    ),
+    Fault(
+        "accelerate: any function of the name is taken for the rotation of halves",
+        LLAMA,
+        "and _is_rotation(theirs)",
+        "",
+        (f"{LLAMAS}[cohere]",),
+    ),
+    Fault(
+        "accelerate: every model of the class rotates by the kernel",
+        LLAMA,
+        "names = {**forward.__globals__, _ROTATE: _rotate(forward.__globals__[_ROTATE])}",
+        "forward.__globals__[_ROTATE] = _rotate(forward.__globals__[_ROTATE])\n        names = forward.__globals__",
+        (f"{LLAMAS}[llama]",),
+    ),
+    Fault(
+        "accelerate: a norm's result has its input's type",
+        LLAMA,
+        "                and hidden_states.dtype == weight.dtype\n",
+        "",
+        ("tests/test_accelerate_models.py::test_a_norm_that_keeps_float32_is_left_to_transformers",),
+    ),
     Fault(
         "rope: the rotation turns the wrong way",
         ROPE,

@@ -3,15 +3,14 @@
     python tests/faults/plant.py [--jobs 2] [--only WORDS] [--every N] [--keep FOLDER]
 
 The tree is copied once per worker; in the copy one text is replaced, the C++ objects that depend on the file are
-compiled again without optimisation (2 to 8 seconds), linked with the others, and the tests that the fault names run
-with -x. They must fail: an error in collecting them, or no test, does not count. Before that all of them run on the
-unchanged copy and must pass. Exit status 0 if every fault was caught.
+compiled again without optimisation (2 to 8 seconds), linked with the others, which are the build's own, and the tests
+that the fault names run with -x. They must fail: an error in collecting them, or no test, does not count. Before that
+all of them run on the unchanged copy and must pass. Exit status 0 if every fault was caught.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -31,7 +30,6 @@ from faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("fastnn", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")
-SETS = ("scalar", "avx2", "avx512_bf16")  # those that faults are planted in, in rising order
 TEST_SECONDS = 240
 # An editable install of the package answers `import fastnn` before any path is looked at; not in the copy.
 SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'fastnn' not in type(f).__module__]\n"
@@ -53,25 +51,25 @@ def run(command: list[str], **options: object) -> subprocess.CompletedProcess[st
 
 @dataclass(frozen=True)
 class Unit:
-    """One C++ source and the command that compiles it, without its output; kernels once per instruction set."""
+    """One C++ source as the build compiled it; kernels once per instruction set."""
 
     source: str
+    object: Path
     command: tuple[str, ...]
+    """Without its output."""
+    reads: frozenset[str]
+    """The source and every header, as absolute paths."""
 
     @property
     def isa(self) -> str:
         """The instruction set of a kernel, or nothing."""
         return next((word.split("=")[1] for word in self.command if word.startswith("-DFASTNN_ISA_NAME=")), "")
 
-    @property
-    def object_name(self) -> str:
-        return f"{self.source.replace('/', '_')}.{self.isa}.o"
-
     def compile(self, root: Path, folder: Path) -> Path:
         """Compiles the source as it is under `root`; no optimisation and no warnings, that is what makes it quick."""
-        target = folder / self.object_name
+        target = folder / f"{self.source.replace('/', '_')}.{self.isa}.o"
         command = [part.replace(str(ROOT / "csrc"), str(root / "csrc")) for part in self.command]
-        run([*command, "-O0", "-w", "-MMD", "-MF", f"{target}.d", "-o", str(target)], cwd=root)
+        run([*command, "-O0", "-w", "-o", str(target)], cwd=root)
         return target
 
 
@@ -79,7 +77,6 @@ class Unit:
 class Base:
     """The unchanged extension, as objects."""
 
-    folder: Path
     units: tuple[Unit, ...]
     link: tuple[str, ...]
     sets: tuple[str, ...]
@@ -89,12 +86,9 @@ class Base:
         """The set that kernel faults are planted in: the quickest to run that is not the fallback."""
         return "avx2" if "avx2" in self.sets else self.sets[-1]
 
-    def depends(self, unit: Unit, file: str) -> bool:
-        return str(ROOT / file) in (self.folder / f"{unit.object_name}.d").read_text().split()
-
-    def extension(self, to: Path, changed: dict[str, Path]) -> None:
+    def extension(self, to: Path, changed: dict[Path, Path]) -> None:
         """Links the objects, with the changed ones in place of their like."""
-        objects = [str(changed.get(u.object_name, self.folder / u.object_name)) for u in self.units]
+        objects = [str(changed.get(unit.object, unit.object)) for unit in self.units]
         temporary = to.with_suffix(".new")
         run([self.link[0], "-shared", "-o", str(temporary), *objects, *self.link[1:]])
         temporary.replace(to)
@@ -103,61 +97,49 @@ class Base:
 def supported_sets() -> tuple[str, ...]:
     code = "from fastnn import _extension as e; print(*e.require().isa_supported())"
     found = run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
-    return tuple(isa for isa in SETS if isa in found.stdout.split())
+    return tuple(found.stdout.split())
 
 
-def key_of_sources() -> str:
-    """Changes with everything the objects are made of."""
-    digest = hashlib.sha256(sys.version.encode())
-    digest.update(run(["c++", "--version"]).stdout.encode())
-    for path in [ROOT / "CMakeLists.txt", *sorted((ROOT / "csrc").rglob("*"))]:
-        if path.is_file() and "__pycache__" not in path.parts and "tests" not in path.parts:
-            digest.update(str(path).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def build_folder() -> Path:
+    """The build of the editable install, whose objects are there already; else one of our own."""
+    installed = sorted(ROOT.glob("build/cp*/build.ninja"), key=lambda path: path.stat().st_mtime)
+    if installed:
+        return installed[-1].parent
+    folder = ROOT / "build" / "faults"
+    pybind = run([sys.executable, "-m", "pybind11", "--cmakedir"]).stdout.strip()
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind}"]
+    run(["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *options])
+    return folder
 
 
-def configure(folder: Path, sets: tuple[str, ...]) -> list[Unit]:
-    """CMake decides on flags; its compile commands are taken over."""
-    finder = "import pybind11; print(pybind11.get_cmake_dir())"
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    options = [
-        f"-DFASTNN_ISAS={';'.join(sets)}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={run([sys.executable, '-c', finder]).stdout.strip()}",
-    ]
-    run(["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options])
+def build_base(jobs: int) -> Base:
+    """The objects of the unchanged tree; what is out of date is compiled."""
+    folder = build_folder()
+    run(["cmake", "--build", str(folder), "-j", str(jobs)])
+    reads: dict[str, set[str]] = {}
+    compiled = ""
+    for line in run(["ninja", "-C", str(folder), "-t", "deps"]).stdout.splitlines():
+        if line.startswith(" "):
+            reads[compiled].add(line.strip())
+        elif line:
+            compiled = line.split(": #deps")[0]
+            reads[compiled] = set()
     units = []
     for entry in json.loads((folder / "compile_commands.json").read_text()):
         words = shlex.split(entry["command"])
         at = words.index("-o")
-        units.append(Unit(str(Path(entry["file"]).relative_to(ROOT)), tuple(words[:at] + words[at + 2 :])))
-    return units
-
-
-def build_base(jobs: int) -> Base:
-    """The objects of the unchanged tree, built once and kept for the next call."""
-    home = ROOT / "build" / "faults"
-    folder, sets = home / key_of_sources(), supported_sets()
-    for old in home.glob("*"):
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
-    done = folder / "done"
-    if not done.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-    units = configure(folder / "cmake", sets)
-    if not done.exists():
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda unit: unit.compile(ROOT, folder), units))
-        done.touch()
+        source, target = Path(entry["file"]).relative_to(ROOT), words[at + 1]
+        command = (*words[:at], *words[at + 2 :])
+        units.append(Unit(str(source), folder / target, command, frozenset({entry["file"], *reads[target]})))
     torch_folder = run([sys.executable, str(ROOT / "csrc/tools/find_torch.py")]).stdout.strip()
     link = (
         units[0].command[0],
         f"{torch_folder}/lib/libtorch_cpu.so",
-        f"-Wl,--version-script={folder / 'cmake' / 'exports.map'}",
+        f"-Wl,--version-script={folder / 'exports.map'}",
         "-Wl,--allow-shlib-undefined",
         "-pthread",
     )
-    return Base(folder, tuple(units), link, sets)
+    return Base(tuple(units), link, supported_sets())
 
 
 # ---- one worker's copy of the tree
@@ -216,9 +198,9 @@ class Copy:
             return
         isa = fault.isa or self.base.isa
         changed = {
-            unit.object_name: unit.compile(self.root, self.objects)
+            unit.object: unit.compile(self.root, self.objects)
             for unit in self.base.units
-            if unit.isa in ("", isa) and self.base.depends(unit, fault.file)
+            if unit.isa in ("", isa) and str(ROOT / fault.file) in unit.reads
         }
         if not changed:
             raise PlantError(f"{fault.name}: nothing is compiled from {fault.file}")
