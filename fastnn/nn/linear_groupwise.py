@@ -24,8 +24,8 @@ class GroupwiseLinear(QuantizedLinear):
     """A dense layer whose weight is codes with a float16 scale for each `group_size` of them along a row.
 
     `weight` (uint8 (out_features, ceil(in_features / 2)), two codes of 4 bits to a byte, or int8 (out_features,
-    in_features)), `weight_scale` and, where not symmetric, `weight_offset` (float16, (out_features, groups)) are buffers;
-    `bias` is a parameter or None. A new layer's weight is zero; `from_float` and `load_state_dict` fill it.
+    in_features)), `weight_scale` and, where not symmetric, `weight_offset` (float16, (out_features, groups)) are
+    buffers; `bias` is a parameter or None. A new layer's weight is zero; `from_float` and `load_state_dict` fill it.
     """
 
     op = OP
