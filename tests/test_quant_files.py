@@ -279,7 +279,7 @@ def test_what_a_file_says_of_groups_is_checked(path, extension):
     good = {"kind": "Int4Linear", "in_features": 6, **net.c.options()}
     stored = {"version": 2, "shared": {}, "layers": {"c": good}}
     container.write(path, state, stored)
-    wrong = ({"kind": "Int5Linear"}, {"in_features": 9}, {"in_features": 2**60}, {"group_size": 0}, {"group_size": 5},
+    wrong = ({"kind": "Int5Linear"}, {"in_features": 9}, {"in_features": 2**60}, {"group_size": 0}, {"group_size": 2},
              {"symmetric": False}, {"symmetric": 1}, {"int8_input": 2}, {"activation": "swish"}, {"kind": "Int8Linear"},
              {"kind": "Int8WeightOnlyLinear"}, {"kind": ["Int4Linear"]})  # fmt: skip
     for change in wrong:
