@@ -26,8 +26,8 @@ const void* checked_groups(const Tensor& t, int64_t N, const GroupLayout& layout
                " must be float16, got ", dtype_name(t.scalar_type()));
   check_dense(t, op, argument);
   FASTNN_CHECK(t.dim() == 2 && t.size(0) == N && t.size(1) == layout.groups && t.is_contiguous(),
-               ValueError, "fastnn::", op, ": ", argument, " must be contiguous and have shape (", N,
-               ", ", layout.groups, "), got shape ", shape_of(t));
+               ValueError, "fastnn::", op, ": ", argument, " must be contiguous and have shape (",
+               N, ", ", layout.groups, "), got shape ", shape_of(t));
   return t.const_data_ptr();
 }
 
@@ -102,8 +102,8 @@ Tensor fwd(const Tensor& input, const Tensor& packed, const OptionalTensor& bias
   p.activation = static_cast<Activation>(activation);
   if (bias) {
     p.bias_dtype = checked_dtype(*bias, op, "bias");
-    FASTNN_CHECK(p.bias_dtype == dtype || p.bias_dtype == DType::kFloat32, TypeError, "fastnn::",
-                 op, ": bias must be float32 or of the input's type ",
+    FASTNN_CHECK(p.bias_dtype == dtype || p.bias_dtype == DType::kFloat32, TypeError,
+                 "fastnn::", op, ": bias must be float32 or of the input's type ",
                  dtype_name(scalar_type(dtype)), ", got ", dtype_name(bias->scalar_type()));
     FASTNN_CHECK(bias->dim() == 1 && bias->size(0) == p.N, ValueError, "fastnn::", op,
                  ": bias must have shape (", p.N, ",), got ", shape_of(*bias));
@@ -135,15 +135,14 @@ Tensor rows(const Tensor& index, const Tensor& codes, const Tensor& scale,
   const auto* const wanted = static_cast<const int64_t*>(index.const_data_ptr());
   const int64_t N = codes.size(0);
   for (int64_t i = 0; i < index.numel(); ++i) {
-    FASTNN_CHECK(wanted[i] >= 0 && wanted[i] < N, IndexError, "fastnn::", op,
-                 ": index ", wanted[i], " at position ", i, " is out of range for ", N, " rows");
+    FASTNN_CHECK(wanted[i] >= 0 && wanted[i] < N, IndexError, "fastnn::", op, ": index ", wanted[i],
+                 " at position ", i, " is out of range for ", N, " rows");
   }
   auto sizes = sizes_of(index);
   sizes.push_back(in_features);
   constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   Tensor output = new_output(sizes, kTypes[dtype]);
-  linear_groupwise_rows(w, layout, wanted, index.numel(), kTypes[dtype],
-                        output.mutable_data_ptr());
+  linear_groupwise_rows(w, layout, wanted, index.numel(), kTypes[dtype], output.mutable_data_ptr());
   return output;
 }
 

@@ -19,11 +19,15 @@ struct GroupLayout {
   bool offsets;    // w = scale code + offset; without, w = scale (code - 8) or scale (code - 128)
 
   GroupLayout(int64_t features, int64_t group_size, int code_bits, bool has_offsets)
-      : K(features), group(features > 0 && group_size > features ? features : group_size),
-        groups((K + group - 1) / group), parts((group + kMostBlock - 1) / kMostBlock),
+      : K(features),
+        group(features > 0 && group_size > features ? features : group_size),
+        groups((K + group - 1) / group),
+        parts((group + kMostBlock - 1) / kMostBlock),
         block((group + parts - 1) / parts),
         blocks(K / group * parts + (K % group + block - 1) / block),
-        rows((block * code_bits + 31) / 32), bits(code_bits), offsets(has_offsets) {}
+        rows((block * code_bits + 31) / 32),
+        bits(code_bits),
+        offsets(has_offsets) {}
   int64_t per_row() const { return 32 / bits; }  // of K, in a row of codes
   int64_t group_of(int64_t b) const { return b / parts; }
   int64_t first(int64_t b) const { return group_of(b) * group + b % parts * block; }
@@ -39,8 +43,7 @@ struct GroupLayout {
     return (offsets ? blocks : (blocks + 1) / 2) * kLine + blocks * rows * kLine;
   }
   int64_t scales_at(int64_t b) const {
-    return offsets ? b * (1 + rows) * kLine
-                   : b / 2 * (1 + 2 * rows) * kLine + b % 2 * (kLine / 2);
+    return offsets ? b * (1 + rows) * kLine : b / 2 * (1 + 2 * rows) * kLine + b % 2 * (kLine / 2);
   }
   int64_t codes_at(int64_t b) const {
     return offsets ? (b * (1 + rows) + 1) * kLine

@@ -49,6 +49,7 @@ class GroupwiseEmbedding(QuantizedModule):
             raise ValueError(f"{name}: codes of 8 bits are symmetric")
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.out_features, self.in_features = num_embeddings, embedding_dim  # of the weight, as a dense layer has it
         self.group_size, self.symmetric = group_size, symmetric
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         shape = num_embeddings, groups_of(embedding_dim, group_size)
@@ -71,19 +72,10 @@ class GroupwiseEmbedding(QuantizedModule):
         """
         bits = 4 if cls.code_dtype == torch.uint8 else 8
         parts = quantize_groups(weight, group_size, bits=bits, symmetric=symmetric)
-        table = cls(*weight.shape, "meta", weight.dtype, group_size=group_size, symmetric=symmetric)
+        rows, columns = weight.shape
+        table = cls(rows, columns, "meta", weight.dtype, group_size=group_size, symmetric=symmetric)
         table.weight, table.weight_scale, table.weight_offset = parts
         return table
-
-    @property
-    def in_features(self) -> int:
-        """Size of a row."""
-        return self.embedding_dim
-
-    @property
-    def out_features(self) -> int:
-        """How many rows."""
-        return self.num_embeddings
 
     def forward(self, input: Tensor) -> Tensor:
         """Row `input[...]` of the table: integers (*) give (*, embedding_dim); IndexError where one is out of range."""

@@ -307,8 +307,8 @@ def load_gguf(path: str | os.PathLike[str], model: Module, names: Mapping[str, s
             known[source] = made
             changed[module] = made.train(module.training)
     with torch.no_grad():
-        for parameter, values in plain:
-            parameter.copy_(values)
+        for into, values in plain:
+            into.copy_(values)
     for module, made in changed.items():
         become(module, made)
     return model

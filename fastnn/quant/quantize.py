@@ -300,7 +300,8 @@ def _origin(layer: nn.QuantizedModule) -> Origin:
         blank = torch.nn.Embedding(0, 0)
         plain = {name: vars(blank)[name] for name in vars(blank).keys() - vars(torch.nn.Module()).keys()}
         kept = {name: getattr(layer, name) for name in ("num_embeddings", "embedding_dim")}
-        return Origin(torch.nn.Embedding, layer.dtype, True, {**plain, **kept}, ("group_size", "symmetric", "dtype"))
+        added: tuple[str, ...] = ("in_features", "out_features", "group_size", "symmetric", "dtype")
+        return Origin(torch.nn.Embedding, layer.dtype, True, {**plain, **kept}, added)
     bias = layer._parameters.get("bias")
     added = ("packed", "group_size", "symmetric", "int8_input")
     return Origin(nn.Linear, torch.float32 if bias is None else bias.dtype, True, {}, added)
@@ -313,7 +314,8 @@ def _revert(layer: nn.QuantizedModule, origin: Origin, weight: torch.nn.Paramete
     for name in origin.added:
         state.pop(name, None)
     state.update(origin.attributes)
-    layer.__class__ = origin.kind
+    module: Module = layer
+    module.__class__ = origin.kind
     others = dict(layer._parameters)  # the bias, where the class has one
     layer._parameters.clear()
     layer._parameters.update(weight=weight, **others)

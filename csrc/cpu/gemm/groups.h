@@ -9,8 +9,8 @@
 //   number = (sum2 * 256 + sum1) * 256 + sum0        result += number * weight scale * scale
 //
 // which gives the same bits on every instruction set, for any number of rows and of threads. Three
-// digits cost 6 dot products for 128 weights where float32 would cost 8 multiply-adds, and expanding
-// a nibble to a byte is three instructions for 128 of them.
+// digits cost 6 dot products for 128 weights where float32 would cost 8 multiply-adds, and
+// expanding a nibble to a byte is three instructions for 128 of them.
 #pragma once
 #include "cpu/gemm/gemm.h"
 #include "params/linear_groupwise.h"
@@ -134,9 +134,8 @@ FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
         } else {
           total = fma(number * scale, splat(of.scale), total);  // a power of two: exact
         }
-        return layout.offsets
-                   ? total + splat(of.sum) * half_scales(at + GroupLayout::kLine / 2)
-                   : total;
+        return layout.offsets ? total + splat(of.sum) * half_scales(at + GroupLayout::kLine / 2)
+                              : total;
       });
     }
   }
@@ -162,9 +161,10 @@ __attribute__((noinline)) void group_tile(const GroupTile& g, float* t, int64_t 
   if constexpr (MR == 1) {
     Vec total[NV] = {};
     for (int64_t b = 0; b < blocks; ++b) {
-      add_block<Codes, kDigits, MR, NV>(
-          g, b, [&](int, int v, auto added)
-                    __attribute__((always_inline)) { total[v] = added(total[v]); });
+      add_block<Codes, kDigits, MR, NV>(g, b,
+                                        [&](int, int v, auto added) __attribute__((always_inline)) {
+                                          total[v] = added(total[v]);
+                                        });
     }
     FASTNN_UNROLL for (int v = 0; v < NV; ++v) store(t + v * kLanes, total[v]);
   } else {
@@ -220,7 +220,7 @@ void gemm_groups_typed(const GemmParams& p, int64_t m_begin, int64_t m_end, int6
             product.of + r0 * blocks,
             blocks};
         group_tile_of<Codes, kDigits>(r1 - r0, min_of(widest, strips - s))(g, t + s * kStrip,
-                                                                          kBlockColumns);
+                                                                           kBlockColumns);
       }
       if (blocks == 0) {
         for (int64_t i = 0; i < (r1 - r0) * kBlockColumns; ++i) t[i] = 0.f;
@@ -248,10 +248,10 @@ inline void gemm_groups(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0,
       return gemm_groups_typed<Codes4, 1>(p, m0, m1, n0, n1, scratch);
     case 2:
       return (four ? gemm_groups_typed<Codes4, 2> : gemm_groups_typed<Codes8, 2>)(p, m0, m1, n0, n1,
-                                                                                 scratch);
+                                                                                  scratch);
     default:
       return (four ? gemm_groups_typed<Codes4, 3> : gemm_groups_typed<Codes8, 3>)(p, m0, m1, n0, n1,
-                                                                                 scratch);
+                                                                                  scratch);
   }
 }
 

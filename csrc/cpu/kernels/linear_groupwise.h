@@ -136,8 +136,8 @@ void group_pack(const GroupwiseWeight& w, const GroupLayout& layout, int64_t N, 
           for (int64_t j = 0; j < per_row && r * per_row + j < size; ++j) {
             const uint32_t code = code_at(row, first + r * per_row + j, layout.bits);
             // Bits 4: byte j holds k = j low and k = 4 + j high.
-            const int shift = layout.bits == 8 ? (int)j * 8
-                                               : (int)(j % half) * 8 + (j >= half ? 4 : 0);
+            const int shift =
+                layout.bits == 8 ? (int)j * 8 : (int)(j % half) * 8 + (j >= half ? 4 : 0);
             dword |= code << shift;
           }
           std::memcpy(codes + r * GroupLayout::kLine, &dword, 4);
@@ -171,9 +171,8 @@ void group_row_typed(const GroupwiseWeight& w, const GroupLayout& layout, int64_
 
 void group_row(const GroupwiseWeight& w, const GroupLayout& layout, int64_t n, DType dtype,
                void* y) {
-  with_type(dtype, [&](auto type) {
-    group_row_typed(w, layout, n, static_cast<decltype(type)*>(y));
-  });
+  with_type(dtype,
+            [&](auto type) { group_row_typed(w, layout, n, static_cast<decltype(type)*>(y)); });
 }
 
 }  // namespace

@@ -99,7 +99,8 @@ FASTNN_INLINE int32_t largest_magnitude_bits(const T* row, int64_t first, int64_
       const int64_t left = n - i - v * kLanes;
       if (left <= 0) continue;
       const int count = left < kLanes ? (int)left : kLanes;
-      top[v] = max_ints(top[v], as_int(abs(load_strided(row, first + i + v * kLanes, count, stride))));
+      top[v] =
+          max_ints(top[v], as_int(abs(load_strided(row, first + i + v * kLanes, count, stride))));
     }
   }
   const IVec all = max_ints(max_ints(top[0], top[1]), max_ints(top[2], top[3]));
@@ -108,7 +109,8 @@ FASTNN_INLINE int32_t largest_magnitude_bits(const T* row, int64_t first, int64_
   return bits;
 }
 
-// The scale of values up to `bits` (as largest_magnitude_bits gives them, finite) as codes of 8 bits.
+// The scale of values up to `bits` (as largest_magnitude_bits gives them, finite) as codes of 8
+// bits.
 FASTNN_INLINE float code_scale(int32_t bits) {
   float largest;
   std::memcpy(&largest, &bits, sizeof largest);
