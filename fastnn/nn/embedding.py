@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.linear_groupwise import check_weight, dequantize_groups, embedding_groupwise, groups_of, quantize_groups
+from ..ops.embedding import embedding_groupwise
+from ..ops.groups import check_weight, dequantize_groups, groups_of, quantize_groups
 from .quantized import QuantizedModule
 
 

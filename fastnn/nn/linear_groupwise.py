@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.groups import dequantize_groups, groups_of, quantize_groups
 from ..ops.linear import Activation
-from ..ops.linear_groupwise import (
-    OP,
-    dequantize_groups,
-    groups_of,
-    linear_groupwise_maybe_packed,
-    quantize_groups,
-)
+from ..ops.linear_groupwise import OP, linear_groupwise_maybe_packed
 from .embedding import check_stored
 from .quantized import QuantizedLinear
 

@@ -4,9 +4,11 @@ from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, sil
 from .attention import scaled_dot_product_attention
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
+from .embedding import embedding_groupwise
+from .groups import dequantize_groups, quantize_groups
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
-from .linear_groupwise import dequantize_groups, embedding_groupwise, linear_groupwise, quantize_groups
+from .linear_groupwise import linear_groupwise
 from .linear_int8 import linear_int8, quantize_rows
 from .masked_softmax import masked_softmax
 from .mlp import mlp, swiglu_mlp

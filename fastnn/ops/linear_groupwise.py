@@ -12,36 +12,19 @@ from .. import _dispatch, _extension
 from .._record import note_reference
 from . import autocast
 from .autocast import cast
+from .groups import (
+    bits_of,
+    blocks_of,
+    check_tensors,
+    check_weight,
+    dequantize_groups,
+    unpack_nibbles,
+)
 from .linear import ACTIVATION_CODE, ACTIVATIONS, Activation
 from .linear_int8 import quantize_rows_reference
 
-_STRIP, _LINE, _MOST_BLOCK = 16, 64, 256  # csrc/params/linear_groupwise.h
-LARGEST = 65504.0
-"""Scales and offsets are float16."""
-
+_STRIP, _LINE = 16, 64  # csrc/params/linear_groupwise.h
 OP = "linear_groupwise"
-
-
-def bits_of(codes: Tensor) -> int:
-    """4 for uint8 (two codes to a byte), 8 for int8."""
-    return 4 if codes.dtype == torch.uint8 else 8
-
-
-def groups_of(in_features: int, group_size: int) -> int:
-    """How many groups a row has; the last may be shorter."""
-    return (in_features + group_size - 1) // group_size
-
-
-def blocks_of(in_features: int, group_size: int) -> list[tuple[int, int, int]]:
-    """(first, size, group) of what is summed exactly before it is scaled: a group, or equal parts of a long one."""
-    group_size = min(group_size, in_features) if in_features else group_size
-    parts = (group_size + _MOST_BLOCK - 1) // _MOST_BLOCK
-    size = (group_size + parts - 1) // parts
-    found = []
-    for first in range(0, in_features, group_size):
-        end = min(first + group_size, in_features)
-        found += [(k, min(size, end - k), first // group_size) for k in range(first, end, size)]
-    return found
 
 
 def _packed_bytes(out_features: int, in_features: int, group_size: int, bits: int, offsets: bool) -> int:
@@ -102,98 +85,6 @@ if _extension._C is not None:
     torch.library.register_fake("fastnn::linear_groupwise_pack", linear_groupwise_pack_fake, lib=_extension.library)
     torch.library.register_fake("fastnn::linear_groupwise_fwd", linear_groupwise_fwd_fake, lib=_extension.library)
     torch.library.register_fake("fastnn::linear_groupwise_rows", linear_groupwise_rows_fake, lib=_extension.library)
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes 0..15 (*, columns) to bytes (*, ceil(columns / 2)): the even column's in the low half."""
-    even, odd = codes[..., 0::2], codes[..., 1::2]
-    return (even | (F.pad(odd, (0, even.shape[-1] - odd.shape[-1])) << 4)).contiguous()
-
-
-def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
-    """The way back: uint8 codes 0..15 (*, columns)."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :columns]
-
-
-def quantize_groups(
-    weight: Tensor, group_size: int, *, bits: int = 4, symmetric: bool = True
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rounds each group of `group_size` neighbours in a row to codes times a scale, all in float32.
-
-    - 4 bits, symmetric: scale = (the value of the largest magnitude) / -8, so it may be negative;
-      weight = scale * (code - 8). GGUF's Q4_0.
-    - 4 bits, not symmetric: scale = (max - min) / 15, offset = min; weight = scale * code + offset. GGUF's Q4_1.
-    - 8 bits: scale = largest magnitude / 127; weight = scale * code, code in [-127, 127]. GGUF's Q8_0.
-
-    Scale and offset are rounded to float16 before the codes are taken, so they make up for it as far as they reach.
-    Codes are the nearest integers (ties to even); a scale of zero has the code of zero.
-
-    Args:
-        weight: (out_features, in_features), any strides, finite, of a floating type.
-        group_size: at least 1; the last group of a row may be shorter, and one longer than a row is the row.
-        bits: 4 or 8.
-        symmetric: whether there is no offset; 8 bits have none.
-
-    Returns:
-        codes: uint8 (out_features, ceil(in_features / 2)), two to a byte, the even one low; int8
-        (out_features, in_features) for 8 bits. scale and offset: float16 (out_features, groups); offset is None where
-        symmetric.
-
-    Raises:
-        ValueError: NaN, infinities, or values whose scale float16 cannot hold; wrong options.
-    """
-    if weight.dim() != 2 or group_size < 1 or bits not in (4, 8) or (bits == 8 and not symmetric):
-        raise ValueError(
-            "fastnn.ops.quantize_groups: weight must have 2 dimensions, group_size be at least 1, bits be 4, or 8 and "
-            f"symmetric; got {tuple(weight.shape)}, {group_size}, {bits}, symmetric={symmetric}"
-        )
-    rows, columns = weight.shape
-    size = min(group_size, max(columns, 1))
-    groups = groups_of(columns, size)
-    values = weight.detach().float()
-    tail = groups * size - columns
-    if tail:  # repeats the last value: no other extremes
-        values = torch.cat((values, values[:, -1:].expand(rows, tail)), 1)
-    grouped = values.reshape(rows, groups, size)
-    if not bool(grouped.isfinite().all()):
-        raise ValueError("fastnn.ops.quantize_groups: weight has NaN or infinite values")
-    offset = None
-    if not grouped.numel():
-        scale = grouped.new_zeros(rows, groups)
-        offset = None if symmetric else scale.half()
-    elif not symmetric:
-        low, high = grouped.amin(-1), grouped.amax(-1)
-        scale, offset = ((high - low) / 15).half(), low.half()
-    elif bits == 8:
-        scale = (grouped.abs().amax(-1) / 127).half()
-    else:
-        extreme = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        scale = (extreme / -8).half()
-    scale = scale.half()
-    if not bool(scale.isfinite().all()) or (offset is not None and not bool(offset.isfinite().all())):
-        raise ValueError("fastnn.ops.quantize_groups: weight has values beyond what float16 scales can stand for")
-    steps = scale.float().unsqueeze(-1)
-    from_zero = grouped if offset is None else grouped - offset.float().unsqueeze(-1)
-    codes = torch.where(steps != 0, from_zero / steps, 0.0).round()
-    lowest, highest = (0, 15) if offset is not None else (-8, 7) if bits == 4 else (-127, 127)
-    codes = codes.clamp_(lowest, highest).reshape(rows, groups * size)[:, :columns]
-    if bits == 8:
-        return codes.to(torch.int8).contiguous(), scale, None
-    return pack_nibbles((codes if offset is not None else codes + 8).to(torch.uint8)), scale, offset
-
-
-def dequantize_groups(
-    codes: Tensor, scale: Tensor, offset: Tensor | None, in_features: int, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    """The weight (out_features, in_features) that codes stand for; in float32, or float64 where that is asked for."""
-    high = torch.promote_types(dtype, torch.float32)
-    numbers = codes if codes.dtype == torch.int8 else unpack_nibbles(codes, in_features)
-    each = torch.arange(in_features, device=codes.device) // min(group_size, max(in_features, 1))
-    steps = scale.to(high)[:, each]
-    if offset is not None:
-        return (numbers.to(high) * steps + offset.to(high)[:, each]).to(dtype)
-    zero = 8 if codes.dtype == torch.uint8 else 0
-    return ((numbers.to(high) - zero) * steps).to(dtype)
 
 
 def _sums_of_codes(
@@ -288,47 +179,6 @@ def _run(
     return found
 
 
-def _check_tensors(op: str, tensors: dict[str, Tensor | None], device: torch.device | None) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not (name in ("bias", "offset") and tensor is None):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor is None:
-            continue
-        device = device or tensor.device
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor.device != device:
-            raise TypeError(f"{op}: {name} must be on the input's device {device}, got {tensor.device}")
-
-
-def check_weight(
-    op: str, codes: Tensor, scale: Tensor, offset: Tensor | None, in_features: int, group_size: int
-) -> None:
-    """Raises TypeError or ValueError where codes, scale and offset are not a weight with so many in_features."""
-    if type(group_size) is not int or group_size < 1:
-        raise ValueError(f"{op}: group_size must be a positive int, got {group_size!r}")
-    if codes.dtype not in (torch.uint8, torch.int8):
-        raise TypeError(f"{op}: codes must be uint8 (two of 4 bits to a byte) or int8, got {codes.dtype}")
-    columns = (in_features + 1) // 2 if codes.dtype == torch.uint8 else in_features
-    if codes.dim() != 2 or codes.shape[1] != columns:
-        raise ValueError(
-            f"{op}: codes for in_features = {in_features} must have shape (out_features, {columns}), "
-            f"got {tuple(codes.shape)}"
-        )
-    wanted = codes.shape[0], groups_of(in_features, group_size)
-    for name, tensor in (("scale", scale), ("offset", offset)):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.float16:
-            raise TypeError(f"{op}: {name} must be float16, got {tensor.dtype}")
-        if tuple(tensor.shape) != wanted:
-            raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(tensor.shape)}")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"{op}: {name} requires grad, and there is no gradient of it: detach it")
-    if offset is not None and codes.dtype == torch.int8:
-        raise ValueError(f"{op}: codes of 8 bits have no offset")
-
-
 def _check(
     input: Tensor,
     codes: Tensor,
@@ -341,7 +191,7 @@ def _check(
 ) -> None:
     op = "fastnn.linear_groupwise"
     tensors = {"input": input, "codes": codes, "scale": scale, "offset": offset, "bias": bias}
-    _check_tensors(op, tensors, None)
+    check_tensors(op, tensors, None)
     if (activation is not None and not isinstance(activation, str)) or activation not in ACTIVATIONS:
         known = ", ".join(repr(name) for name in ACTIVATIONS)
         raise ValueError(f"{op}: activation must be one of {known}; got {activation!r}")
@@ -437,56 +287,4 @@ def pack_groups(codes: Tensor, scale: Tensor, offset: Tensor | None, in_features
     found: Tensor = torch.ops.fastnn.linear_groupwise_pack.default(
         *parts, in_features, group_size, bits_of(codes), True
     )
-    return found
-
-
-def embedding_groupwise(
-    index: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor | None = None,
-    *,
-    in_features: int,
-    group_size: int,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Rows of a table of codes in groups, as values: `dequantize_groups(...)[index]` without the rest of the table.
-
-    A value is scale * (code - 8), exact in float32, or scale * code + offset, rounded once, and then rounded to
-    `dtype`: the same bits on every instruction set.
-
-    Args:
-        index: integers (*), each in [0, rows).
-        codes, scale, offset: as `linear_groupwise`'s, (rows, ...).
-        in_features: columns of the table.
-        group_size: columns that share a scale.
-        dtype: of the result; float32, bfloat16 and float16 run on the kernel, other floating types on the reference.
-
-    Returns:
-        A contiguous tensor (*, in_features). No gradient goes through.
-
-    Raises:
-        TypeError: types or devices that do not fit.
-        ValueError: shapes that do not fit.
-        IndexError: an index out of range.
-    """
-    op = "fastnn.ops.embedding_groupwise"
-    _check_tensors(op, {"index": index, "codes": codes, "scale": scale, "offset": offset}, None)
-    if index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: index must be int64 or int32, got {index.dtype}")
-    if not dtype.is_floating_point:
-        raise TypeError(f"{op}: dtype must be floating point, got {dtype}")
-    check_weight(op, codes, scale, offset, in_features, group_size)
-    index = index.long().contiguous()
-    if _dispatch.pick(OP, scale) == "reference" or dtype not in _dispatch.KERNEL_DTYPES:
-        note_reference("linear_groupwise_rows")
-        rows = codes.shape[0]
-        if index.numel() and not bool(((index >= 0) & (index < rows)).all()):
-            raise IndexError(f"{op}: index out of range for {rows} rows")
-        flat = index.reshape(-1)
-        picked = codes[flat], scale[flat], None if offset is None else offset[flat]
-        return dequantize_groups(*picked, in_features, group_size, dtype).reshape(*index.shape, in_features)
-    parts = [t if t is None else t.detach().contiguous() for t in (codes, scale, offset)]
-    options = in_features, group_size, bits_of(codes), _dispatch.KERNEL_DTYPES.index(dtype)
-    found: Tensor = torch.ops.fastnn.linear_groupwise_rows.default(index, *parts, *options, True)
     return found

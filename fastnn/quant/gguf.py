@@ -1,6 +1,6 @@
 """Reading GGUF files: their codes into our layers as they are, without rounding anything again.
 
-The format is that of ggml's documentation (docs/gguf.md): a header, metadata, a description of each tensor, and their
+The format is the one that ggml documents: a header, metadata, a description of each tensor, and their
 data. Its blocks of 32 are our groups of 32: Q4_0 is scale * (code - 8), Q4_1 scale * code + offset, Q8_0 scale * code,
 scales and offsets float16.
 """
@@ -121,13 +121,14 @@ class Gguf:
                 raise FormatError(f"{self.path}: no GGUF file that can be read: it is empty")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = _Reader(self.path, memoryview(self._map))
+        known = False
         try:
             self._read(reader)
-        except BaseException:
+            known = True
+        finally:
             reader.data.release()
-            self.close()
-            raise
-        reader.data.release()
+            if not known:
+                self.close()
 
     def __enter__(self) -> Gguf:
         return self

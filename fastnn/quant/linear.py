@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from .. import nn
 from ..accelerate.survey import backend_for
-from ..ops.linear_groupwise import LARGEST
+from ..ops.groups import LARGEST
 from ..ops.linear_int8 import MAX_FEATURES
 from .config import Config, Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, Recipe, register
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import nn
+from ..ops.groups import quantize_groups
 from ..ops.linear_groupwise import linear_groupwise as typed_linear_groupwise
-from ..ops.linear_groupwise import linear_groupwise_reference, quantize_groups
+from ..ops.linear_groupwise import linear_groupwise_reference
 from .cases import Case, Inputs, InvalidCall
 from .inputs import Fill, arrange, fill
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fault import Fault
 
 GROUPS, DIGITS = "csrc/cpu/gemm/groups.h", "csrc/cpu/kernels/linear_groupwise.h"
-TESTS, OP = "tests/test_groupwise.py", "fastnn/ops/linear_groupwise.py"
+TESTS, ROUNDING = "tests/test_groupwise.py", "fastnn/ops/groups.py"
 INT8_BITS = (f"{TESTS}::test_int8_inputs_give_the_bits_of_plain_pytorch[torch.float32-{{isa}}]",)
-LONGEST = tuple(f"{TESTS}::test_sums_are_exact_at_their_longest[{form}-{{isa}}]" for form in ("{'bits': 4}",))
-ROWS = (f"{TESTS}::test_rows_of_every_kind[float-{{isa}}]",)
+LONGEST = (f"{TESTS}::test_sums_are_exact_at_their_longest[int4-{{isa}}]",)
+ROWS = (f"{TESTS}::test_rows_of_every_kind[int8-{{isa}}]",)
 GROUPWISE_FAULTS = [
     Fault(
         "groupwise: the inputs' middle digit counts as the lowest",
@@ -71,7 +71,7 @@ GROUPWISE_FAULTS = [
         DIGITS,
         "kMostOfThree = 8355710.f;",
         "kMostOfThree = 8388600.f;",
-        (f"{TESTS}::test_a_row_does_not_depend_on_its_company[float-{{isa}}]", *LONGEST),
+        LONGEST,
     ),
     Fault(
         "groupwise: a row's digits end with its first block",
@@ -82,7 +82,7 @@ GROUPWISE_FAULTS = [
     ),
     Fault(
         "groupwise: the scale's sign is lost",
-        OP,
+        ROUNDING,
         "scale = (extreme / -8).half()",
         "scale = (extreme.abs() / 8).half()",
         (f"{TESTS}::test_formulas_of_the_codes",),
@@ -92,7 +92,7 @@ GROUPWISE_FAULTS = [
         "fastnn/ops/packing.py",
         '(codes, scale, offset), "linear_groupwise_pack"',
         '(codes, scale, offset.clone()), "linear_groupwise_pack"',
-        (f"{TESTS}::test_packs_once_and_follows_its_buffers[{{'symmetric': False}}]",),
+        (f"{TESTS}::test_packs_once_and_follows_its_buffers[offset]",),
     ),
     Fault(
         "quantize_: a tied head has codes of its own",
