@@ -219,12 +219,11 @@ TEST(strided_operands) {
 TEST(parts_on_one_thread_and_three) {
   for (const int64_t threads : {1, 3}) {
     const PoolGuard pool(threads);
-    for_each_isa([](const char* isa) {
-      for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
-        for (const bool gated : {false, true}) {
-          check_block({isa, 530, 5, 2100, 6, type, gated});
-          check_packed({isa, 530, 5, 2100, 6, type, gated});
-        }
+    for_each_isa([threads](const char* isa) {
+      for (const bool gated : {false, true}) {
+        const DType type = gated == (threads == 1) ? DType::kBFloat16 : DType::kFloat32;
+        check_block({isa, 530, 5, 2100, 6, type, gated});
+        check_packed({isa, 530, 5, 2100, 6, type, gated});
       }
     });
   }
