@@ -165,10 +165,12 @@ def _matrix_cases() -> Iterator[Case]:
 
 def _wide_cases() -> Iterator[Case]:
     for name, form in _FORMS.items():
-        for m in (2, 3, 4, 5, 6, 8, 9, 17, 130):
+        for m in (2, 3, 5, 8, 130):
             yield _case(f"wide_{name}_m{m}", "tail", replace(form, lead=(m,), k=70, n=34, group=32), wide=True)
-        for k, group in ((1, 5), (2, 1), (64, 64), (200, 7), (576, 64), (1000, 300), (1100, 2000), (4097, 128)):
+        for k, group in ((64, 64), (200, 7), (1000, 300)):
             yield _case(f"wide_{name}_k{k}", "tail", replace(form, k=k, group=group), "silu", wide=True)
+    for k, group in ((1, 5), (2, 1), (576, 64), (1100, 2000), (4097, 128)):
+        yield _case(f"wide_k{k}", "tail", replace(_FORMS["int4"], k=k, group=group), wide=True)
     yield _case("wide_columns", "tail", replace(_FORMS["int4"], lead=(20,), k=65, n=1001), wide=True, call=_call_layer)
 
 

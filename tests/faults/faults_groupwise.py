@@ -60,10 +60,10 @@ GROUPWISE_FAULTS = [
         INT8_BITS,
     ),
     Fault(
-        "groupwise: a block with an infinity counts as finite",
+        "groupwise: a block with an infinity counts as zeros",
         DIGITS,
-        "if (bits >= kInfinityBits) {",
-        "if (bits > kInfinityBits) {",
+        'found = {{0, 0, 0}, __builtin_nanf(""), __builtin_nanf("")};',
+        "found = {{0, 0, 0}, 1.f, 0.f};",
         ROWS,
     ),
     Fault(
