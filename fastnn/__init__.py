@@ -11,8 +11,11 @@ from ._record import KernelRun, record
 from .accelerate import Explanation, Report, accelerate, explain
 from .info import info
 from .ops import (
+    KVCache,
     add_layer_norm,
     add_rms_norm,
+    attention_varlen,
+    attention_with_kv_cache,
     cross_entropy,
     dropout_add,
     geglu,
@@ -52,12 +55,15 @@ __all__ = [
     "Int4WeightOnly",
     "Int8Dynamic",
     "Int8WeightOnly",
+    "KVCache",
     "KernelRun",
     "Report",
     "__version__",
     "accelerate",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_varlen",
+    "attention_with_kv_cache",
     "cross_entropy",
     "dequantize_",
     "dropout_add",

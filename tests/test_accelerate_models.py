@@ -185,3 +185,99 @@ def test_sentences_find_their_answers(minilm):
 def test_examples_run(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
+
+
+GENERATING = {
+    "llama": ("LlamaForCausalLM", transformers.LlamaConfig(**SIZES, num_key_value_heads=2)),
+    "gpt2": ("GPT2LMHeadModel", transformers.GPT2Config(**GPT2)),
+}
+
+
+def generating(name, seed=0):
+    kind, config = GENERATING[name]
+    torch.manual_seed(seed)
+    model = getattr(transformers, kind)(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def generated(model, **options):
+    """100 tokens after two prompts, one of which is padded on the left."""
+    prompt = torch.arange(1, 15).view(2, 7)
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    with fastnn.record() as runs:
+        tokens = model.generate(prompt, attention_mask=mask, max_new_tokens=100, do_sample=False, **options)
+    return tokens, [run.kernel for run in runs]
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("name", GENERATING)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_keeps_keys_and_values(name, beams):
+    """The same tokens by transformers' own cache classes, through growth of the cache and through beams."""
+    model = generating(name)
+    plain, _ = generated(model, num_beams=beams)
+    report = fastnn.accelerate(model)
+    (entry,) = [e for e in report.entries if e.became == "fastnn.KVCache"]
+    assert entry.kernel == "attention_cache_append" and entry.was == GENERATING[name][0]
+    ours, kernels = generated(model, num_beams=beams)
+    assert torch.equal(ours, plain)
+    assert kernels.count("attention_cache_append") >= 200 and kernels.count("attention_fwd") >= 200
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        tokens, kernels = generated(other, num_beams=beams)
+        assert torch.equal(tokens, plain) and kernels.count("attention_cache_append") >= 200
+    assert not [e for e in fastnn.accelerate(model).entries if e.became == "fastnn.KVCache"]
+    report.restore()
+    tokens, kernels = generated(model, num_beams=beams)
+    assert torch.equal(tokens, plain) and not kernels
+
+
+@pytest.mark.usefixtures("extension")
+def test_a_kept_layer_is_transformers_own_but_for_the_copies():
+    """Whatever may happen to a cache between two updates: the same keys and values as without us."""
+    from transformers.cache_utils import DynamicCache
+
+    from fastnn.accelerate.cache import KVCacheLayer, keep
+
+    ours, theirs = DynamicCache(), DynamicCache()
+    keep(ours)
+    generator = torch.Generator().manual_seed(0)
+
+    def both(change):
+        for cache in (ours, theirs):
+            change(cache)
+
+    def update(batch, n):
+        new = [torch.randn(batch, 2, n, 4, generator=generator) for _ in range(2)]
+        both(lambda cache: cache.update(*new, 0))
+        for mine, other in zip(
+            *[(cache.layers[0].keys, cache.layers[0].values) for cache in (ours, theirs)], strict=True
+        ):
+            assert torch.equal(mine, other)
+
+    update(2, 5)
+    assert type(ours.layers[0]) is KVCacheLayer
+    update(2, 1)
+    held = ours.layers[0].keys
+    before = held.clone()
+    update(2, 70)
+    assert torch.equal(held, before)
+    both(lambda cache: cache.crop(-9))
+    update(2, 3)
+    both(lambda cache: cache.reorder_cache(torch.tensor([1, 1])))
+    update(2, 1)
+    both(lambda cache: cache.batch_repeat_interleave(2))
+    update(4, 1)
+    both(lambda cache: cache.batch_select_indices(torch.tensor([3])))
+    update(1, 2)
+    assert ours.get_seq_length() == theirs.get_seq_length() == 74
+    clone = copy.deepcopy(ours)
+    update(1, 1)
+    assert clone.get_seq_length() == 74 and ours.get_seq_length() == 75
+    both(lambda cache: cache.reset())
+    update(3, 2)
+    leaf = torch.randn(3, 2, 1, 4, requires_grad=True)
+    both(lambda cache: cache.update(leaf, leaf, 0))
+    assert ours.layers[0].keys.requires_grad
+    assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)

@@ -26,13 +26,13 @@ OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
 # The functions that together have every tensor argument of an op; the others are called as their op.
 PUBLIC = {
     "activation": ("gelu", "swiglu"),
-    "attention": ("scaled_dot_product_attention",),
+    "attention": ("scaled_dot_product_attention", "attention_varlen"),
     "mlp": ("mlp", "swiglu_mlp"),
     "norm": ("add_layer_norm",),
 }
 # Gradients that plain PyTorch computes (tests/test_ops_<op>.py), and tensors that have none.
 PLAIN = {
-    "attention": {"attn_mask"},
+    "attention": {"attn_mask", "cu_seqlens_q", "cu_seqlens_k"},
     "cross_entropy": {"target", "weight"},
     "linear_cross_entropy": {"target", "weight"},
     "masked_softmax": {"mask"},

@@ -1,9 +1,7 @@
 // torch.ops.fastnn.attention_fwd / attention_bwd.
+#include "bindings/attention.h"
+
 #include "cpu/attention.h"
-
-#include <cmath>
-
-#include "bindings/tensor.h"
 #include "cuda/attention.h"
 
 // Absent where the build has no CUDA kernels.
@@ -15,31 +13,11 @@
 namespace fastnn {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-struct Options {
-  double dropout, scale, softcap;
-  int64_t window_left, window_right;
-};
-
 // The tensors a call's parameters point into.
 struct Call {
   AttentionParams p = {};
   Tensor holders[5];
 };
-
-Heads heads_of(const Tensor& t, Tensor& holder) {
-  holder = t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
-  return {holder.const_data_ptr(), holder.stride(0), holder.stride(1), holder.stride(2)};
-}
-
-void check_heads(const Tensor& t, const char* op, const char* name, DType dtype) {
-  FASTNN_CHECK(checked_dtype(t, op, name) == dtype, TypeError, "fastnn::", op, ": ", name,
-               " must have query's type ", dtype_name(scalar_type(dtype)), ", got ",
-               dtype_name(t.scalar_type()));
-  FASTNN_CHECK(t.dim() == 4, ValueError, "fastnn::", op, ": ", name,
-               " must be (batch, heads, length, features), got shape ", shape_of(t));
-}
 
 void read_mask(Call& call, const OptionalTensor& mask, const char* op) {
   AttentionParams& p = call.p;
@@ -63,7 +41,7 @@ void read_mask(Call& call, const OptionalTensor& mask, const char* op) {
 }
 
 void read_call(Call& call, const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
-               const OptionalTensor& mask, const OptionalTensor& seed, const Options& o) {
+               const OptionalTensor& mask, const OptionalTensor& seed, const AttentionOptions& o) {
   AttentionParams& p = call.p;
   p.dtype = checked_dtype(q, op, "query");
   check_heads(q, op, "query", p.dtype);
@@ -82,15 +60,7 @@ void read_call(Call& call, const char* op, const Tensor& q, const Tensor& k, con
                ") and value (", p.B,
                ", heads, length, features) of the same heads and length; got ", shape_of(k),
                " and ", shape_of(v));
-  FASTNN_CHECK(p.H_kv > 0 ? p.H % p.H_kv == 0 : p.H == 0, ValueError, "fastnn::", op,
-               ": query's heads must be a multiple of key's, got ", p.H, " and ", p.H_kv);
-  FASTNN_CHECK(o.dropout >= 0.0 && o.dropout < 1.0, ValueError, "fastnn::", op,
-               ": dropout must be in [0, 1), got ", o.dropout);
-  FASTNN_CHECK(o.softcap >= 0.0, ValueError, "fastnn::", op, ": softcap must not be negative, got ",
-               o.softcap);
-  FASTNN_CHECK(o.window_left >= -1 && o.window_right >= -1, ValueError, "fastnn::", op,
-               ": window must be counts of keys, or -1 for no limit; got ", o.window_left, ", ",
-               o.window_right);
+  check_groups(p, op);
   constexpr int64_t kMostCudaFeatures = 256;
   FASTNN_CHECK(
       !DeviceScope::current().cuda() || (p.D <= kMostCudaFeatures && p.D_v <= kMostCudaFeatures),
@@ -99,17 +69,8 @@ void read_call(Call& call, const char* op, const Tensor& q, const Tensor& k, con
   p.q = heads_of(q, call.holders[0]);
   p.k = heads_of(k, call.holders[1]);
   p.v = heads_of(v, call.holders[2]);
-  p.scale = static_cast<float>(o.scale);
-  p.softcap = static_cast<float>(o.softcap);
-  p.window_left = o.window_left;
-  p.window_right = o.window_right;
-  p.dropout = static_cast<float>(o.dropout);
-  if (o.dropout > 0.0) {
-    FASTNN_CHECK(
-        seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cpu(),
-        ValueError, "fastnn::", op, ": dropout needs a seed, one int64 on the CPU");
-    p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  }
+  read_options(p, o, seed, op);
+  p.lse_head_stride = p.S_q;
   read_mask(call, mask, op);
 }
 
@@ -172,7 +133,10 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& grad, const Tensor& q, cons
                                 static_cast<const float*>(lse.const_data_ptr()),
                                 dq.mutable_data_ptr(),
                                 dk.mutable_data_ptr(),
-                                dv.mutable_data_ptr()};
+                                dv.mutable_data_ptr(),
+                                strides_of(dq),
+                                strides_of(dk),
+                                strides_of(dv)};
   scope.cuda() ? FASTNN_CUDA_KERNEL(attention_bwd)(b) : attention_bwd(b);
   return {dq, dk, dv};
 }

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 
 #include "bindings/tensor.h"
 #include "cpu/cache.h"
@@ -104,6 +105,19 @@ std::map<std::string, int64_t> cache_stats() {
           {"mapped", s.mapped}};
 }
 
+// A writable array that owns its part of cpu/memory.h's kept memory.
+py::array_t<uint8_t> keep_memory(int64_t bytes) {
+  if (bytes < 0 || bytes > (int64_t{1} << 48)) {
+    throw py::value_error("fastnn._C.keep_memory: bytes must be 0..2^48; got " +
+                          std::to_string(bytes));
+  }
+  auto owner = std::make_unique<std::shared_ptr<void>>(fastnn::keep_memory(bytes));
+  auto* const data = static_cast<uint8_t*>(owner->get());
+  const py::capsule base(owner.release(),
+                         [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); });
+  return py::array_t<uint8_t>(bytes, data, base);
+}
+
 bool environment_flag(const char* name) {
   const char* const value = std::getenv(name);
   return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
@@ -136,6 +150,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cache_stats", &cache_stats, "What the cache holds and did.");
   m.def("keep_freed_memory", &fastnn::keep_freed_memory, py::arg("on"),
         "Has malloc keep what is freed; whether it obeyed.");
+  m.def(
+      "keep_memory", &keep_memory, py::arg("bytes"),
+      "Memory on huge pages for what is kept and streamed again and again, as an array of bytes.");
   m.def("cuda_compiled", &fastnn::cuda_compiled, "Whether CUDA kernels are compiled in.");
   m.def("allow_tf32", &fastnn::allow_tf32,
         "Whether float32 products on CUDA may be tf32: fastnn._dispatch.allows_tf32().");

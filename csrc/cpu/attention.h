@@ -5,7 +5,24 @@
 
 namespace fastnn {
 
-void attention_fwd(const AttentionFwdParams& p);
-void attention_bwd(const AttentionBwdParams& p);
+// Sequences of one call, recorded as `op`: of one type and one number of features, each of lengths
+// of its own.
+void attention_fwd(const char* op, const AttentionFwdParams* sequences, int64_t count);
+void attention_bwd(const char* op, const AttentionBwdParams* sequences, int64_t count);
+
+inline void attention_fwd(const AttentionFwdParams& p) { attention_fwd("attention_fwd", &p, 1); }
+inline void attention_bwd(const AttentionBwdParams& p) { attention_bwd("attention_bwd", &p, 1); }
+
+// Copies key and value, (B, H_kv, length, features) by their strides, to rows first[b], first[b] +
+// 1,
+// ... of the caches.
+struct AttentionAppendParams {
+  int64_t B, H_kv, length, D, D_v, element_bytes;
+  Heads k, v;
+  void *k_cache, *v_cache;
+  Strides k_cache_strides, v_cache_strides;
+  const int64_t* first;
+};
+void attention_append(const AttentionAppendParams& p);
 
 }  // namespace fastnn

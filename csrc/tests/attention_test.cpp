@@ -69,6 +69,7 @@ class Call {
     p_.window_right = o.right;
     p_.dropout = static_cast<float>(o.dropout);
     p_.seed = 12345678901234567u;
+    p_.lse_head_stride = s.S_q;
     p_.mask_kind = o.mask;
     p_.mask = o.mask == MaskKind::kBool ? static_cast<const void*>(bools_.data())
                                         : static_cast<const void*>(mask_.memory.data());
@@ -88,7 +89,16 @@ class Call {
     const Heads heads = {out, s_.H * s_.S_q * s_.D_v, s_.S_q * s_.D_v, s_.D_v};
     Heads d_out = heads;
     d_out.data = d_out_.memory.data();
-    return {p_, heads, d_out, lse, dq, dk, dv};
+    return {p_,
+            heads,
+            d_out,
+            lse,
+            dq,
+            dk,
+            dv,
+            {s_.H * s_.S_q * s_.D, s_.S_q * s_.D, s_.D},
+            {s_.H_kv * s_.S_k * s_.D, s_.S_k * s_.D, s_.D},
+            {s_.H_kv * s_.S_k * s_.D_v, s_.S_k * s_.D_v, s_.D_v}};
   }
   bool intact() const {
     return q_.memory.intact() && k_.memory.intact() && v_.memory.intact() &&

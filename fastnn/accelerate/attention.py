@@ -89,6 +89,20 @@ def transformers_patch(module: Module, rotating: bool) -> Patch:
     return Patch(module, kind, {"config": config})
 
 
+def generates(module: Module) -> bool:
+    """Whether it is a transformers model whose `generate` makes a cache, for attention that is or may become ours."""
+    if not hasattr(type(module), "_prepare_cache_for_generation"):
+        return False
+    return any(implementation(part) in ("sdpa", INTERFACE) for part in module.modules())
+
+
+def cache_patch(model: Module) -> Patch | None:
+    """Has `generate` keep keys and values in `KVCache`s; None where it does already."""
+    from . import cache
+
+    return None if cache.PREPARE in vars(model) else Patch(model, type(model), cache.attributes(model))
+
+
 def encoder_layer_patch(layer: nn.TransformerEncoderLayer) -> Patch:
     """Takes an encoder layer off torch's inference fast path, which would run past its modules."""
     return Patch(layer, type(layer), {"activation_relu_or_gelu": 0})

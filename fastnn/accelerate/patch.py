@@ -132,6 +132,7 @@ def _entry(found: Finding, changes: _Changes) -> Entry:
     else:
         is_linear = found.op == "linear" and not isinstance(found.module, _Conv1D)
         became = "fastnn.Linear" if is_linear else f"fastnn.{found.was}"
+        became = "fastnn.KVCache" if found.op == "attention_cache" else became
         became += f" + {found.activation or 'sum'}" if fused else ""
         reason = f"fused with {found.partner} in {found.where}" if fused else found.note
         if lost:
@@ -150,6 +151,8 @@ def _label(name: str) -> str:
 def _kernel(layer: Finding, block: bool) -> str:
     if layer.backend == "reference":
         return "reference"
+    if layer.op == "attention_cache":
+        return "attention_cache_append"
     held = layer.op == "linear" and vars(layer.module).get("packed") is not None and not layer.module.training
     packed = held and layer.backend == "cpu"
     return f"{'mlp' if block else layer.op}{'_packed' if packed else ''}_fwd"

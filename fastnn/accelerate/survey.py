@@ -135,6 +135,8 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
     implementation = attention.implementation(module)
     if implementation is not None:
         return _transformers(Finding(name, module, was, "attention"), implementation, sample)
+    if attention.generates(module):
+        return _generating(Finding(name, module, was, "attention_cache"), sample)
     if type(module) is nn.TransformerEncoderLayer and attention.takes_attention(module):
         return _encoder_layer(Finding(name, module, was, "attention"), module, sample)
     activation = activations.of_module(module)
@@ -223,6 +225,15 @@ def _transformers(found: Finding, implementation: str, sample: Tensor) -> Findin
         rotating = calls_rotary(found.module) and bool(backend_for("rope", sample.device, sample.dtype)[0])
         found.patch = attention.transformers_patch(found.module, rotating)
         found.note = "attention interface 'fastnn'" + (" and rope" if rotating else "")
+    return found
+
+
+def _generating(found: Finding, sample: Tensor) -> Finding:
+    found.backend, found.reason = backend_for("attention_cache", sample.device, sample.dtype)
+    if not found.reason:
+        found.patch = attention.cache_patch(found.module)
+        found.note = "generate keeps keys and values in fastnn.KVCache"
+        found.reason = "" if found.patch is not None else "is fastnn's already"
     return found
 
 

@@ -2,10 +2,13 @@
 
 from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, silu, swiglu, tanh
 from .attention import scaled_dot_product_attention
+from .attention_cache import attention_with_kv_cache
+from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
 from .embedding import embedding_groupwise
 from .groups import dequantize_groups, quantize_groups
+from .kv_cache import KVCache
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_groupwise import linear_groupwise
@@ -17,8 +20,11 @@ from .rope import rope, rope_tables
 from .softmax import log_softmax, softmax
 
 __all__ = [
+    "KVCache",
     "add_layer_norm",
     "add_rms_norm",
+    "attention_varlen",
+    "attention_with_kv_cache",
     "cross_entropy",
     "dequantize_groups",
     "dropout_add",

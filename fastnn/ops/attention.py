@@ -68,20 +68,33 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dropout_mask(
-    shape: tuple[int, ...], seed: Tensor, probability: float, device: torch.device | None = None
+    shape: tuple[int, ...], seed: Tensor, probability: float, device: torch.device | None = None, first: int = 0
 ) -> Tensor:
-    """True where an attention weight (B, H, S_q, S_k) is kept: a function of the seed and the position alone."""
+    """True where an attention weight (B, H, S_q, S_k) is kept: a function of the seed and the position alone.
+
+    Four neighbouring keys share a counter; `first` is the first one's.
+    """
     *lead, keys = shape
     groups = (keys + 3) // 4
-    counter = torch.arange(math.prod(lead) * groups, device=device).reshape(*lead, groups)
+    counter = torch.arange(first, first + math.prod(lead) * groups, device=device).reshape(*lead, groups)
     random = philox(seed, counter).flatten(-2)[..., :keys]
     return random >= int(float(torch.tensor(probability, dtype=torch.float32)) * 4294967296.0)
 
 
 def attention_reference(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Tensor | None, options: AttentionOptions
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    options: AttentionOptions,
+    position: int = 0,
+    first_draw: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(cap(q k^T scale) + mask) v in plain PyTorch, 4-d, half precision in float32; (output, logsumexp)."""
+    """softmax(cap(q k^T scale) + mask) v in plain PyTorch, 4-d, half precision in float32; (output, logsumexp).
+
+    Query i stands at key position + i, which the window counts from; dropout's first counter is `first_draw`.
+    """
     dropout, scale, softcap, left, right = options
     dtype = query.dtype
     if dtype in (torch.bfloat16, torch.float16):
@@ -93,7 +106,8 @@ def attention_reference(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     device = query.device
-    distance = torch.arange(key.shape[2], device=device) - torch.arange(query.shape[2], device=device)[:, None]
+    stands = position + torch.arange(query.shape[2], device=device)[:, None]
+    distance = torch.arange(key.shape[2], device=device) - stands
     visible = (distance >= (-left if left >= 0 else -math.inf)) & (distance <= (right if right >= 0 else math.inf))
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask
@@ -105,7 +119,7 @@ def attention_reference(
     lse = torch.logsumexp(scores.detach(), -1).masked_fill(nothing, math.inf).float()
     weights = torch.softmax(scores.masked_fill(nothing[..., None], 0.0), -1).masked_fill(nothing[..., None], 0.0)
     if seed is not None and dropout > 0:
-        weights = weights * dropout_mask(tuple(weights.shape), seed, dropout, device) / (1 - dropout)
+        weights = weights * dropout_mask(tuple(weights.shape), seed, dropout, device, first_draw) / (1 - dropout)
     return (weights @ value).to(dtype), lse
 
 
@@ -153,22 +167,23 @@ class AttentionFunction(torch.autograd.Function):
 WHERE = "fastnn.scaled_dot_product_attention"
 
 
-def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor, query: Tensor, where: str = WHERE) -> None:
+    """A mask, or one of query, key and value, dense and on query's device; the latter of query's type."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{WHERE}: {name} must be a Tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
-        raise TypeError(f"{WHERE}: {name} must be a dense tensor, got layout {tensor.layout}")
+        raise TypeError(f"{where}: {name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.device != query.device:
-        raise TypeError(f"{WHERE}: {name} is on {tensor.device}, query on {query.device}")
+        raise TypeError(f"{where}: {name} is on {tensor.device}, query on {query.device}")
     if name == "attn_mask":
         if not (tensor.dtype == torch.bool or tensor.dtype.is_floating_point):
-            raise TypeError(f"{WHERE}: attn_mask must be boolean or floating point, got {tensor.dtype}")
+            raise TypeError(f"{where}: attn_mask must be boolean or floating point, got {tensor.dtype}")
         return
     if tensor.dim() < 2:
-        raise ValueError(f"{WHERE}: {name} must be (*, length, features), got shape {tuple(tensor.shape)}")
+        raise ValueError(f"{where}: {name} must be (*, length, features), got shape {tuple(tensor.shape)}")
     if not tensor.dtype.is_floating_point or tensor.dtype != query.dtype:
         raise TypeError(
-            f"{WHERE}: query, key and value must be floating point of one dtype, got {name} {tensor.dtype} "
+            f"{where}: query, key and value must be floating point of one dtype, got {name} {tensor.dtype} "
             f"beside query {query.dtype}"
         )
 
@@ -176,7 +191,7 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", mask)):
         if tensor is not None or name != "attn_mask":
-            _check_tensor(name, tensor, query)  # type: ignore[arg-type]
+            check_tensor(name, tensor, query)  # type: ignore[arg-type]
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         raise ValueError(
             f"{WHERE}: query and key must have the same features, key and value the same length; got query "
@@ -308,7 +323,7 @@ def scaled_dot_product_attention(
             cast(attn_mask, dtype),
         )
     _check(query, key, value, attn_mask, enable_gqa)
-    options = _options(query, dropout_p, is_causal, scale, window, softcap)
+    options = read_options(query, dropout_p, is_causal, scale, window, softcap)
     batch, (q, k, v) = _broadcast(query, key, value, enable_gqa)
     mask = None if attn_mask is None else _read_mask(attn_mask, batch, (q.shape[1], q.shape[2], k.shape[2]))
     seed = torch.randint(0, 2**62, ()) if dropout_p > 0 else None
@@ -320,17 +335,24 @@ def scaled_dot_product_attention(
     return (out, lse) if return_lse else out
 
 
-def _options(
-    query: Tensor, dropout: float, is_causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float
+def read_options(
+    query: Tensor,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    window: tuple[int, int] | None,
+    softcap: float,
+    where: str = WHERE,
 ) -> AttentionOptions:
+    """The options of a public function as the kernels take them; ValueError where they do not fit."""
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{WHERE}: dropout_p must be in [0, 1), got {dropout}")
+        raise ValueError(f"{where}: dropout_p must be in [0, 1), got {dropout}")
     if not softcap >= 0.0:
-        raise ValueError(f"{WHERE}: softcap must not be negative, got {softcap}")
+        raise ValueError(f"{where}: softcap must not be negative, got {softcap}")
     if window is None:
         window = (-1, -1)
     if not isinstance(window, (tuple, list)) or len(window) != 2 or min(window) < -1:
-        raise ValueError(f"{WHERE}: window must be (left, right) counts of keys, -1 for no limit; got {window}")
+        raise ValueError(f"{where}: window must be (left, right) counts of keys, -1 for no limit; got {window}")
     left, right = window
     if is_causal:
         right = 0

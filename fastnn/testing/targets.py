@@ -34,7 +34,9 @@ class Target:
 
     def takes(self, case: Case) -> bool:
         """Whether a case can run here: the op has a kernel; packed weights are a format of the CPU's."""
-        if self.backend not in ("cpu", "reference") and _dispatch.why_no_kernel(case.op, self.backend):
+        stem = case.forward_kernel.removesuffix("_fwd")
+        op = stem if stem in _dispatch.KERNELS else case.op  # a form of the op with kernels of its own
+        if self.backend not in ("cpu", "reference") and _dispatch.why_no_kernel(op, self.backend):
             return False
         return self.device == "cpu" or case.forward_kernel == f"{case.op}_fwd"
 

@@ -14,6 +14,7 @@ from faults_losses import LINEAR_LOSS_FAULTS
 from faults_mlp import MLP_FAULTS
 from faults_products import BINDING_FAULTS, KERNEL_FAULTS, PYTHON_FAULTS
 from faults_rows import ACTIVATION_FAULTS, DROPOUT_FAULTS, MASKED_FAULTS, NORM_FAULTS, ROPE_FAULTS
+from faults_sequences import SEQUENCE_FAULTS
 
 FAULTS = [
     *KERNEL_FAULTS,
@@ -22,6 +23,7 @@ FAULTS = [
     *LOSS_FAULTS,
     *LINEAR_LOSS_FAULTS,
     *ATTENTION_FAULTS,
+    *SEQUENCE_FAULTS,
     *NORM_FAULTS,
     *ACTIVATION_FAULTS,
     *MASKED_FAULTS,

@@ -106,8 +106,8 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: the scale is left out of the keys' gradient",
         ATTENTION_BWD,
-        "store_sums(m.dk, p.S_k, p.D, p.scale,",
-        "store_sums(m.dk, p.S_k, p.D, 1.f,",
+        "store_head(m.dk, p.D, p.scale,",
+        "store_head(m.dk, p.D, 1.f,",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(

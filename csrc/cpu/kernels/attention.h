@@ -100,7 +100,8 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
                      t.first * f.out_row_stride,
                  f.out_row_stride);
   if (f.lse != nullptr)
-    std::memcpy(f.lse + (t.b * p.H + t.head) * p.S_q + t.first, sum, (size_t)t.rows * 4);
+    std::memcpy(f.lse + (t.b * p.H + t.head) * p.lse_head_stride + t.first, sum,
+                (size_t)t.rows * 4);
 }
 
 template <class T>

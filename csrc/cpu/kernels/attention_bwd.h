@@ -99,7 +99,8 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   copy_rows<Dot>(q, p.q.row_stride, t.rows, p.D, m.q_rows);
   copy_rows<Dot>(d_out, b.d_out.row_stride, t.rows, p.D_v, m.do_rows);
   for (int64_t r = 0; r < kQueries; ++r) {
-    m.lse[r] = r < t.rows ? b.lse[(t.b * p.H + t.head) * p.S_q + t.first + r] : __builtin_inff();
+    m.lse[r] = r < t.rows ? b.lse[(t.b * p.H + t.head) * p.lse_head_stride + t.first + r]
+                          : __builtin_inff();
     m.ones[r] = p.scale;
     m.delta[r] = 0.f;
     if (r >= t.rows) continue;
@@ -160,15 +161,18 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
                  m.dq, kQueries, true);
   }
   unpack_queries(m.dq, t.rows, p.D, m.ones,
-                 static_cast<T*>(b.dq) + ((t.b * p.H + t.head) * p.S_q + t.first) * p.D, p.D);
+                 static_cast<T*>(b.dq) + t.b * b.dq_strides.batch + t.head * b.dq_strides.head +
+                     t.first * b.dq_strides.row,
+                 b.dq_strides.row);
 }
 
-// rows x padded(d) float sums times factor to contiguous rows of d.
+// rows x padded(d) float sums times factor to rows of d.
 template <class T>
-FASTNN_INLINE void store_sums(const float* sums, int64_t rows, int64_t d, float factor, T* out) {
+FASTNN_INLINE void store_sums(const float* sums, int64_t rows, int64_t d, float factor, T* out,
+                              int64_t row_stride) {
   for (int64_t j = 0; j < rows; ++j) {
     for (int64_t i = 0; i < d; i += kLanes) {
-      store_some(out + j * d + i, load(sums + j * padded_features(d) + i) * factor,
+      store_some(out + j * row_stride + i, load(sums + j * padded_features(d) + i) * factor,
                  d - i < kLanes ? (int)(d - i) : kLanes);
     }
   }
@@ -191,8 +195,13 @@ FASTNN_INLINE void attention_bwd_items(const AttentionBwdParams& b, int64_t begi
       for (int64_t tile = 0; tile < query_tiles(p); ++tile)
         attention_bwd_tile<Dot, T>(b, query_tile(p, batch, kv_head * group + g, tile), from, m);
     }
-    store_sums(m.dk, p.S_k, p.D, p.scale, static_cast<T*>(b.dk) + item * p.S_k * p.D);
-    store_sums(m.dv, p.S_k, p.D_v, 1.f, static_cast<T*>(b.dv) + item * p.S_k * p.D_v);
+    auto store_head = [&](const float* sums, int64_t d, float factor, void* out,
+                          const Strides& by) __attribute__((always_inline)) {
+      store_sums(sums, p.S_k, d, factor,
+                 static_cast<T*>(out) + batch * by.batch + kv_head * by.head, by.row);
+    };
+    store_head(m.dk, p.D, p.scale, b.dk, b.dk_strides);
+    store_head(m.dv, p.D_v, 1.f, b.dv, b.dv_strides);
   }
 }
 

@@ -135,8 +135,9 @@ inline void finish_row(const AttentionParams& p, int64_t b, DecodeRow row, int64
             j0 * stride;
     for (int64_t j = 0; j < keys; ++j) s[j] += to_float(mask[j * stride]);
   });
-  const int64_t from = p.window_left >= 0 ? row.query - p.window_left - j0 : 0;
-  const int64_t to = p.window_right >= 0 ? row.query + p.window_right + 1 - j0 : keys;
+  const int64_t stands = p.position + row.query - j0;
+  const int64_t from = p.window_left >= 0 ? stands - p.window_left : 0;
+  const int64_t to = p.window_right >= 0 ? stands + p.window_right + 1 : keys;
   for (int64_t j = 0; j < from && j < keys; ++j) s[j] = -__builtin_inff();
   for (int64_t j = to < 0 ? 0 : to; j < keys; ++j) s[j] = -__builtin_inff();
 }
@@ -173,11 +174,12 @@ FASTNN_INLINE void decode_rows(const AttentionParams& p, int64_t b, int64_t kv_h
   float* const q = scratch;
   float* const s = q + kRows * q_stride;
   DecodeRow rows[kRows];
-  int64_t last = 0, first = p.S_q;
+  int64_t first = 0, last = 0;
   for (int g = 0; g < kRows; ++g) {
     rows[g] = decode_row(p, kv_head, row + g);
-    first = rows[g].query < first ? rows[g].query : first;
-    last = rows[g].query > last ? rows[g].query : last;
+    const int64_t stands = p.position + rows[g].query;
+    first = g == 0 || stands < first ? stands : first;
+    last = g == 0 || stands > last ? stands : last;
     const T* const x = head_data<T>(p.q, b, rows[g].head) + rows[g].query * p.q.row_stride;
     for (int64_t f = 0; f < q_stride; f += kLanes) {
       const int64_t left = p.D - f;
@@ -266,7 +268,7 @@ void attention_decode_merge(const AttentionFwdParams& f, int64_t item, int64_t p
       for (int64_t i = 0; i < p.D_v; i += kLanes)
         store_some(out + i, load(o + i) * factor, p.D_v - i < kLanes ? (int)(p.D_v - i) : kLanes);
       if (f.lse != nullptr) {
-        f.lse[(b * p.H + r.head) * p.S_q + r.query] =
+        f.lse[(b * p.H + r.head) * p.lse_head_stride + r.query] =
             none ? __builtin_inff() : max + log(splat(sum))[0];
       }
     }

@@ -171,8 +171,8 @@ inline QueryTile query_tile(const AttentionParams& p, int64_t b, int64_t head, i
   t.first = tile * kQueries;
   t.rows = p.S_q - t.first < kQueries ? p.S_q - t.first : kQueries;
   t.strips = (t.rows + kStrip - 1) / kStrip;
-  const int64_t last = t.first + t.rows - 1;
-  t.key_begin = p.window_left >= 0 && t.first > p.window_left ? t.first - p.window_left : 0;
+  const int64_t first = p.position + t.first, last = first + t.rows - 1;
+  t.key_begin = p.window_left >= 0 && first > p.window_left ? first - p.window_left : 0;
   if (t.key_begin > p.S_k) t.key_begin = p.S_k;
   t.key_end =
       p.window_right >= 0 && last + p.window_right + 1 < p.S_k ? last + p.window_right + 1 : p.S_k;

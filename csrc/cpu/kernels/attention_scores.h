@@ -78,11 +78,12 @@ inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t 
   }
   with_mask(p.mask_kind, p.mask_dtype, p.mask,
             [&](const auto* mask) { add_mask(p, t, j0, keys, mask, s); });
-  const bool left = p.window_left >= 0 && t.first + t.rows - 1 - p.window_left > j0;
-  const bool right = p.window_right >= 0 && t.first + p.window_right < j0 + keys - 1;
+  const int64_t first = p.position + t.first;
+  const bool left = p.window_left >= 0 && first + t.rows - 1 - p.window_left > j0;
+  const bool right = p.window_right >= 0 && first + p.window_right < j0 + keys - 1;
   if (!left && !right) return;
   for (int64_t j = 0; j < keys; ++j) {
-    const int64_t key = j0 + j - t.first;  // relative to the tile's first query
+    const int64_t key = j0 + j - first;  // relative to where the tile's first query stands
     // Visible to queries r with r - window_left <= key <= r + window_right.
     const int64_t from = right ? key - p.window_right : 0,
                   to = left ? key + p.window_left : kQueries;
@@ -100,7 +101,7 @@ inline void drop_query(const AttentionParams& p, int64_t b, int64_t head, int64_
   const float keep_scale = 1.f / (1.f - p.dropout);
   const uint64_t threshold = drop_threshold(p.dropout);
   const uint64_t groups = (uint64_t)(p.S_k + 3) / 4;
-  const uint64_t row = (uint64_t)((b * p.H + head) * p.S_q + query) * groups;
+  const uint64_t row = p.first_draw + (uint64_t)((b * p.H + head) * p.S_q + query) * groups;
   for (int64_t j = 0; j < keys;) {
     const Philox4 random = philox(p.seed, row + (uint64_t)(j0 + j) / 4);
     do {

@@ -1,4 +1,4 @@
-"""Cases of scaled_dot_product_attention; its invalid calls are in `fastnn.testing.invalid_attention`."""
+"""Cases of attention; those over sequences, and the invalid calls, are in modules beside this folder."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ...ops.attention import AttentionOptions, attention_reference
 from ...ops.attention import scaled_dot_product_attention as typed_attention
+from ..attention_sequences import cache_cases, varlen_cases
 from ..cases import Case, Inputs
 from ..inputs import Fill, arrange, expanded, fill
 from ..invalid_attention import INVALID_ATTENTION
+from ..invalid_sequences import INVALID_SEQUENCES
 
 Arrange = Callable[[Tensor], Tensor]
 
@@ -324,6 +326,6 @@ def _wide_cases() -> Iterator[Case]:
     yield _case("wide_grouped", "contiguous", grouped, _Call(window=(50, 20), softcap=3.0), wide=True)
 
 
-CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases())
+CASES: tuple[Case, ...] = (*_matrix_cases(), *varlen_cases(), *cache_cases(), *_wide_cases())
 
-INVALID = INVALID_ATTENTION
+INVALID = (*INVALID_ATTENTION, *INVALID_SEQUENCES)

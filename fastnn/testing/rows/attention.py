@@ -41,7 +41,8 @@ _SWEEP: tuple[tuple[str, Shape], ...] = tuple(
 """Lengths and head sizes between and beyond the public ones, primes among them; decoding with shared heads."""
 
 
-def _make(kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+def make(kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Query, key and value, and the gradient of the result where one is taken."""
     b, heads, shared, length, features = shape
     queries = 1 if kind == "decode" else length
 
@@ -56,13 +57,14 @@ def _make(kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generato
     return {**found, "grad": tensor(b, heads, queries, features)} if kind.startswith("fb") else found
 
 
-def _torch_call(causal: bool, inputs: Inputs) -> Tensor:
+def torch_call(causal: bool, inputs: Inputs) -> Tensor:
+    """Torch's own attention; query heads that share a key head by `enable_gqa`."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     shared = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=shared)
 
 
-def _group_as_queries(inputs: Inputs) -> Tensor:
+def group_as_queries(inputs: Inputs) -> Tensor:
     """The query heads that share a key head, as queries of one head: torch is many times faster so than by itself."""
     query, key = inputs["query"], inputs["key"]
     b, _, _, features = query.shape
@@ -86,16 +88,23 @@ def _prepare(causal: bool, direction: Direction, inputs: Inputs) -> Callable[[],
 _WANTED = ("query", "key", "value")
 
 
-def _work(kind: str, shape: Shape, dtype: str) -> Work:
+def decode_work(shape: Shape, dtype: str) -> Work:
+    """Of one query for each head. There is nothing to build a dot product of pairs from, in any type."""
     b, heads, shared, length, features = shape
     size = DTYPES[dtype].itemsize
-    queries = 1 if kind == "decode" else length
-    operations = 4 * b * heads * queries * length * features  # two products; exponentials are below a tenth of that
+    q, kv = b * heads * features * size, b * shared * length * features * size
+    return Work(q + 2 * kv, q, 4 * b * heads * length * features)
+
+
+def _work(kind: str, shape: Shape, dtype: str) -> Work:
+    if kind == "decode":
+        return decode_work(shape, dtype)
+    b, heads, shared, length, features = shape
+    size = DTYPES[dtype].itemsize
+    operations = 4 * b * heads * length * length * features  # two products; exponentials are below a tenth of that
     if kind.endswith("causal"):
         operations //= 2
-    q, kv = b * heads * queries * features * size, b * shared * length * features * size
-    if kind == "decode":  # one query: nothing to build a dot product of pairs from, in any type
-        return Work(q + 2 * kv, q, operations)
+    q, kv = b * heads * length * features * size, b * shared * length * features * size
     unit = "bf16" if dtype == "bf16" else "fp32"
     if kind.startswith("fb"):  # backward is five products and reads the result's gradient too
         return Work(3 * q + 4 * kv, 2 * q + 2 * kv, operations * 7 // 2, unit)
@@ -136,9 +145,9 @@ def _case(kind: str, shape: Shape, dtype: str, bar: Bar, sweep: bool = False) ->
         shape=shape if kind == "decode" else (b, heads, length, features),
         dtype=dtype,
         work=_work(kind, shape, dtype),
-        make=partial(_make, kind, shape),
-        torch_call=partial(_torch_call, causal),
-        by_hand=_group_as_queries if heads != shared else None,
+        make=partial(make, kind, shape),
+        torch_call=partial(torch_call, causal),
+        by_hand=group_as_queries if heads != shared else None,
         ours=(
             Ours(
                 "",
@@ -186,7 +195,7 @@ def _cudnn(causal: bool, inputs: Inputs) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return _torch_call(causal, inputs)
+        return torch_call(causal, inputs)
 
 
 def _on_gpu(kind: str, shape: Shape, dtype: str) -> BenchCase:
