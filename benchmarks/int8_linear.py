@@ -1,4 +1,4 @@
-"""int8 linear against eager float32, our packed float32, onnxruntime's and torch.ao's dynamic quantisation.
+"""int8 and int4 linear against eager float32, our packed float32, onnxruntime's and torch.ao's dynamic quantisation.
 
     python benchmarks/int8_linear.py [--threads 1] [--rounds 15] [--shapes 1x4096x4096,128x768x3072]
 
@@ -77,6 +77,9 @@ def contenders(threads: int) -> Iterator[tuple[str, Callable[[Tensor], Call]]]:
     yield "eager fp32", lambda w: lambda x: torch.nn.functional.linear(x, w)
     yield "fastnn fp32 packed", fastnn_fp32
     yield "fastnn int8", lambda w: nn.Int8Linear.from_float(w)
+    yield "fastnn int8 weight", lambda w: nn.Int8WeightOnlyLinear.from_float(w)
+    yield "fastnn int4 weight", lambda w: nn.Int4Linear.from_float(w)
+    yield "fastnn int4 x int8", lambda w: nn.Int4Linear.from_float(w, int8_input=True)
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
         yield "onnxruntime int8", lambda w: onnxruntime_int8(w, threads)
     yield "torch.ao int8", torch_ao_int8

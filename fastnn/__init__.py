@@ -24,6 +24,7 @@ from .ops import (
     layer_norm,
     linear,
     linear_cross_entropy,
+    linear_groupwise,
     linear_int8,
     log_softmax,
     masked_softmax,
@@ -44,13 +45,16 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .quant import Int8Dynamic, dequantize_, load, quantize_, save
+    from .quant import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, dequantize_, load, quantize_, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "Int4Int8Dynamic",
+    "Int4WeightOnly",
     "Int8Dynamic",
+    "Int8WeightOnly",
     "KVCache",
     "KernelRun",
     "Report",
@@ -71,6 +75,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_groupwise",
     "linear_int8",
     "load",
     "log_softmax",
@@ -98,7 +103,16 @@ __all__ = [
     "use_backend",
 ]
 
-_FROM_QUANT = ("Int8Dynamic", "dequantize_", "load", "quantize_", "save")
+_FROM_QUANT = (
+    "Int4Int8Dynamic",
+    "Int4WeightOnly",
+    "Int8Dynamic",
+    "Int8WeightOnly",
+    "dequantize_",
+    "load",
+    "quantize_",
+    "save",
+)
 
 
 def __getattr__(name: str) -> Any:

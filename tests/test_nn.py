@@ -15,7 +15,11 @@ from torch import nn
 import fastnn
 from fastnn.ops.linear import ACTIVATIONS
 
-OWN = {"Int8Linear", "MLP", "QKVLinear", "RotaryEmbedding", "SwiGLU"}  # torch has none
+OWN = {
+    "GroupwiseEmbedding", "GroupwiseLinear", "Int4Embedding", "Int4Linear", "Int8Embedding", "Int8Linear",
+    "Int8WeightOnlyLinear", "MLP", "QKVLinear", "QuantizedLinear",
+    "QuantizedModule", "RotaryEmbedding", "SwiGLU",
+}  # torch has none  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(set(fastnn.nn.__all__) - OWN))

@@ -246,3 +246,50 @@ def test_files_of_others_are_refused(path):
     safetensors.save_file({"x": torch.ones(3)}, path)
     with pytest.raises(FormatError, match=r"fastnn\.save"):
         fastnn.load(path)
+
+
+GROUPS = (fastnn.Int8WeightOnly(4), fastnn.Int4WeightOnly(4, symmetric=False), fastnn.Int4Int8Dynamic(4))
+
+
+@pytest.mark.parametrize("config", GROUPS, ids=str)
+def test_codes_in_groups_come_back(path, config, extension):
+    net = Net()
+    fastnn.quantize_(net, config)
+    assert net.head.weight is net.embed.weight
+    fastnn.save(net, path)
+    quantised = Net(2)
+    fastnn.quantize_(quantised, config)
+    for fresh in (Net(1), quantised):
+        fastnn.load(path, fresh)
+        assert all(same_bits(fresh.state_dict()[name], t) for name, t in net.state_dict().items())
+        assert fresh.head.weight is fresh.embed.weight and type(fresh.embed) is type(net.embed)
+        assert fresh.c.options() == net.c.options() and same_bits(fresh(IDS).detach(), net(IDS).detach())
+    other = Net(3)
+    fastnn.quantize_(other, INT8)
+    before = {name: t.clone() for name, t in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="is no dense layer, but the file has codes for it"):
+        fastnn.load(path, other)
+    assert all(same_bits(t, before[name]) for name, t in other.state_dict().items())
+
+
+def test_what_a_file_says_of_groups_is_checked(path, extension):
+    net = Net()
+    fastnn.quantize_(net, fastnn.Int4WeightOnly(4))
+    state = dict(net.state_dict())
+    good = {"kind": "Int4Linear", "in_features": 6, **net.c.options()}
+    stored = {"version": 2, "shared": {}, "layers": {"c": good}}
+    container.write(path, state, stored)
+    wrong = ({"kind": "Int5Linear"}, {"in_features": 9}, {"in_features": 2**60}, {"group_size": 0}, {"group_size": 2},
+             {"symmetric": False}, {"symmetric": 1}, {"int8_input": 2}, {"activation": "swish"}, {"kind": "Int8Linear"},
+             {"kind": "Int8WeightOnlyLinear"}, {"kind": ["Int4Linear"]})  # fmt: skip
+    for change in wrong:
+        container.write(path, state, {**stored, "layers": {"c": {**good, **change}}})
+        with pytest.raises(FormatError, match="quantised layers"):
+            fastnn.load(path, Net())
+
+
+def test_files_of_version_1_are_read(net, path):
+    state = dict(net.state_dict())
+    layers = {name: {"activation": m.activation} for name, m in net.named_modules() if isinstance(m, Int8Linear)}
+    container.write(path, state, {"version": 1, "shared": {}, "int8": layers})
+    assert same_bits(fastnn.load(path, Net(4))(IDS).detach(), net(IDS).detach())

@@ -300,3 +300,96 @@ def test_explain_and_accelerate_know_the_layers(net):
     assert type(net.body[0]) is Int8Linear
     report.restore()
     assert same_bits(net(IDS).detach(), expected)
+
+
+# ---- codes in groups
+
+
+CONFIGS = (
+    fastnn.Int8WeightOnly(8),
+    fastnn.Int4WeightOnly(8),
+    fastnn.Int4WeightOnly(8, symmetric=False),
+    fastnn.Int4Int8Dynamic(8),
+)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_groups_take_embeddings_and_keep_ties(net, config):
+    """A tied head shares its codes with the table, is counted once, and both come back as one parameter."""
+    before = net(IDS).detach()
+    report = fastnn.quantize_(net, config)
+    assert [e.name for e in report.quantized] == ["embed", "body.0", "body.2", "unused", "head"]
+    assert all(getattr(net.head, n) is getattr(net.embed, n) for n in ("weight", "weight_scale", "weight_offset"))
+    assert entry(report, "head").bytes_after == 0 and entry(report, "embed").bytes_after == net.embed.code_bytes
+    assert net.embed.code_bytes == sum(b.nbytes for b in net.embed.buffers())
+    if isinstance(config, fastnn.Int4WeightOnly):
+        assert net.embed.code_bytes == 40 * (8 + 2 * 2 * (1 if config.symmetric else 2))
+    assert same_bits(net.embed(IDS), net.embed.dequantized()[IDS])
+    after = net(IDS).detach()
+    assert 0 < (after - before).norm() < 0.3 * before.norm()
+    assert same_bits(copy.deepcopy(net)(IDS).detach(), after)
+    fastnn.dequantize_(net)
+    assert type(net.embed) is nn.Embedding and net.head.weight is net.embed.weight and type(net.head) is nn.Linear
+    assert type(net.body[2]) is fastnn.nn.Linear and net.body[2].activation == "relu"
+    near = 0.05 if isinstance(config, fastnn.Int4Int8Dynamic) else 1e-5
+    assert (net(IDS).detach() - after).norm() < near * before.norm()
+    assert fastnn.quantize_(net, config).quantized == report.quantized
+
+
+def test_configurations_by_name(net):
+    config = {"body.0": INT8, "body.*": None, "embed": fastnn.Int8WeightOnly(), "*": fastnn.Int4WeightOnly()}
+    report = fastnn.quantize_(net, config, exclude="unused")
+    assert {e.name: e.became for e in report.entries} == {
+        "embed": "Int8Embedding", "body.0": "Int8Linear", "body.2": None, "attention.out_proj": None, "unused": None,
+        "head": "Int4Linear",
+    }  # fmt: skip
+    assert "no pattern of the configuration" in entry(report, "body.2").reason
+    assert net.head.weight is not net.embed.weight and "Int8WeightOnly" in str(report)
+    with pytest.raises(ValueError, match=r"config pattern 'bodi\.\*' matches no layer"):
+        fastnn.quantize_(Net(), {"bodi.*": INT8})
+    with pytest.raises(TypeError, match=r"a mapping of patterns to them; got int"):
+        fastnn.quantize_(Net(), {"*": 4})
+    with pytest.raises(TypeError, match="patterns of paths as keys"):
+        fastnn.quantize_(Net(), {4: INT8})
+
+
+def test_what_groups_cannot_take(extension):
+    tables = {"norm": nn.Embedding(4, 4, max_norm=1.0), "good": nn.Embedding(4, 4)}
+    model = nn.ModuleDict({"big": nn.Linear(4, 4), **tables})
+    with torch.no_grad():
+        model.big.weight[0, 0] = 1e5
+    report = fastnn.quantize_(model, fastnn.Int4WeightOnly())
+    assert "beyond what float16" in entry(report, "big").reason and "max_norm" in entry(report, "norm").reason
+    assert [e.name for e in report.quantized] == ["good"]
+    for kind in (fastnn.Int4WeightOnly, fastnn.Int8WeightOnly, fastnn.Int4Int8Dynamic):
+        for size in (0, 2.5, True):
+            with pytest.raises(ValueError, match="group_size"):
+                kind(size)
+    assert fastnn.Int4WeightOnly(32).to_json() == {"config": "Int4WeightOnly", "group_size": 32, "symmetric": True}
+
+
+def test_embeddings_give_rows_of_their_type(extension):
+    weight = randn(10, 7).bfloat16()
+    for kind in (fastnn.nn.Int4Embedding, fastnn.nn.Int8Embedding):
+        table = kind.from_float(weight, group_size=4)
+        ids = torch.tensor([[9, 0], [3, 3]], dtype=torch.int32)
+        for layer, dtype in ((table, torch.bfloat16), (copy.deepcopy(table).half(), torch.float16)):
+            assert same_bits(layer(ids), table.dequantized(dtype)[ids.long()])
+        assert table.weight_scale.dtype == torch.float16
+        with pytest.raises(IndexError, match="10"):
+            table(torch.tensor([10]))
+        with pytest.raises(IndexError, match="-1"):
+            table(torch.tensor([-1]))
+        with pytest.raises(TypeError, match="float32"):
+            table(torch.tensor([1.0]))
+        with fastnn.use_backend("reference"):
+            assert same_bits(table(ids), table.dequantized(torch.bfloat16)[ids.long()])
+            with pytest.raises(IndexError, match="10"):
+                table(torch.tensor([10]))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_explain_knows_codes_in_groups(net, config):
+    fastnn.quantize_(net, config, include="body.*")
+    explained = {part.name: part for part in fastnn.explain(net, IDS).parts}
+    assert explained["body.0"].kernel == "linear_groupwise_fwd" and explained["body.0"].limit_ms > 0

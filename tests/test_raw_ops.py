@@ -11,6 +11,7 @@ from torch.func import grad, jvp, vmap
 
 from fastnn import _extension, testing
 from fastnn.ops import activation as activations
+from fastnn.ops import quantize_groups
 from fastnn.ops.linear import ACTIVATION_CODE, ACTIVATIONS
 from fastnn.testing import assert_within_budget, cases, op_names, policy, same_bits
 
@@ -33,6 +34,9 @@ RAW = (
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
     "linear_fwd",
+    "linear_groupwise_fwd",
+    "linear_groupwise_pack",
+    "linear_groupwise_rows",
     "linear_int8_fwd",
     "linear_int8_pack",
     "linear_int8_quantize",
@@ -86,6 +90,7 @@ def samples(dtype=torch.float32):
     yield "linear_packed_fwd", (x, packed, b, 7, 1)
     yield "linear_packed_fwd", (deep, packed, None, 7, 2)
     yield from int8_samples(x, deep, strided, b)
+    yield from groupwise_samples(x, deep, strided, b)
     yield from cross_entropy_samples(x, strided)
     yield from attention_samples(dtype)
     yield from sequence_samples(dtype)
@@ -110,6 +115,22 @@ def int8_samples(x, deep, strided, bias):
         yield "linear_int8_fwd", (values, packed, bias, 7, 2)
     yield "linear_int8_fwd", (x, packed, bias.float(), 7, 0)
     yield "linear_int8_fwd", (strided[:2], packed, None, 7, 1)
+
+
+def groupwise_samples(x, deep, strided, bias):
+    index = torch.tensor([[0, 6], [3, 3]])
+    for bits, offsets in ((4, False), (4, True), (8, False)):
+        codes, scale, offset = quantize_groups(tensor(7, 12, seed=5), 5, bits=bits, symmetric=not offsets)
+        weight = codes, scale, offset, 12, 5, bits
+        with torch.no_grad():
+            packed = torch.ops.fastnn.linear_groupwise_pack(*weight)
+        # opcheck compares packed codes as float32: zeros cannot be NaN
+        yield "linear_groupwise_pack", (codes * 0, scale * 0, offset if offset is None else offset * 0, 12, 5, bits)
+        yield "linear_groupwise_rows", (index, *weight, 1)
+        for values in (x, deep, strided):
+            yield "linear_groupwise_fwd", (values, packed, bias, 7, 5, bits, offsets, bits == 4, 2)
+        yield "linear_groupwise_fwd", (x, packed, bias.float(), 7, 5, bits, offsets, False, 0)
+        yield "linear_groupwise_fwd", (strided[:2], packed, None, 7, 5, bits, offsets, False, 1)
 
 
 def cross_entropy_samples(x, strided):
@@ -419,6 +440,8 @@ def test_cases_name_every_raw_operator():
     named = {
         kernel for op in op_names() for case in cases(op) for kernel in (case.forward_kernel, case.backward_kernel)
     }
-    # tests/test_ops_packing.py, test_int8.py, test_kv_cache.py
-    by_layers = {"linear_pack", "linear_int8_pack", "linear_int8_quantize", "attention_cache_append"}
+    by_layers = {  # tests/test_ops_packing.py, test_int8.py, test_groupwise.py, test_kv_cache.py
+        "linear_pack", "linear_int8_pack", "linear_int8_quantize", "linear_groupwise_pack", "linear_groupwise_rows",
+        "attention_cache_append",
+    }  # fmt: skip
     assert named - {""} == set(RAW) - by_layers

@@ -13,10 +13,13 @@ struct AttentionBwdParams;
 struct AttentionFwdParams;
 struct AttentionParams;
 struct Block;
+struct BlockOfRow;
 struct CrossEntropyBwdParams;
 struct CrossEntropyFwdParams;
 struct DropoutAddParams;
 struct GemmParams;
+struct GroupLayout;
+struct GroupwiseWeight;
 struct LinearBwdParams;
 struct LogitGradientParams;
 struct MaskedSoftmaxParams;
@@ -102,6 +105,17 @@ struct LinearCrossEntropyKernels {
   void (*logit_gradient)(const LogitGradientParams& p, int64_t first, int64_t last);
 };
 
+struct LinearGroupwiseKernels {
+  // Digits of rows [begin, end), rows out_stride bytes apart, and what goes with them, a row's
+  // blocks next to each other; strips [s0, s1) of a weight with N rows; one row of it.
+  void (*group_digits)(const Matrix& x, const GroupLayout& layout, int digits, int64_t begin,
+                       int64_t end, uint8_t* out, int64_t out_stride, BlockOfRow* of);
+  void (*group_pack)(const GroupwiseWeight& w, const GroupLayout& layout, int64_t N, int64_t s0,
+                     int64_t s1, char* packed);
+  void (*group_row)(const GroupwiseWeight& w, const GroupLayout& layout, int64_t n, DType dtype,
+                    void* y);
+};
+
 struct LinearInt8Kernels {
   // Codes of rows [begin, end), their bits flipped by `flip`, rows code_stride bytes apart, and the
   // rows' scales; strips [s0, s1) of a weight's codes (N x K bytes) and, for each of their columns,
@@ -164,6 +178,7 @@ struct VectorMathKernels {
   PART(Limits, limits, isa)                           \
   PART(Linear, linear, isa)                           \
   PART(LinearCrossEntropy, linear_cross_entropy, isa) \
+  PART(LinearGroupwise, linear_groupwise, isa)        \
   PART(LinearInt8, linear_int8, isa)                  \
   PART(MaskedSoftmax, masked_softmax, isa)            \
   PART(Mlp, mlp, isa)                                 \
@@ -180,6 +195,7 @@ struct KernelTable : ActivationKernels,
                      LimitsKernels,
                      LinearKernels,
                      LinearCrossEntropyKernels,
+                     LinearGroupwiseKernels,
                      LinearInt8Kernels,
                      MaskedSoftmaxKernels,
                      MlpKernels,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from ..nn import Int8Linear
+from ..nn import QuantizedModule
 
 _MEMBERS = ("_parameters", "_buffers", "_modules")
 
@@ -71,7 +71,7 @@ def isolated(model: Module) -> Iterator[None]:
     for module in modules:
         for member in _MEMBERS:
             vars(module)[member] = dict(vars(module)[member])
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedModule):
             continue  # no forward writes to codes, and the packed copy is of these
         buffers = vars(module)["_buffers"]
         for name, buffer in buffers.items():

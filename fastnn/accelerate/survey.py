@@ -11,7 +11,19 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from .. import _dispatch, _extension
-from ..nn import CrossEntropyLoss, Int8Linear, LayerNorm, Linear, LogSoftmax, MultiheadAttention, RMSNorm, Softmax
+from ..nn import (
+    CrossEntropyLoss,
+    Int4Linear,
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    LayerNorm,
+    Linear,
+    LogSoftmax,
+    MultiheadAttention,
+    QuantizedLinear,
+    RMSNorm,
+    Softmax,
+)
 from . import activations, attention
 from .conv1d import is_conv1d, ours
 from .fuse import LINEAR, NORMS, Pair, Reading, is_linear, read
@@ -30,7 +42,7 @@ _SWAPPED: dict[type[Module], tuple[type[Module], str]] = {
     nn.RMSNorm: (RMSNorm, "norm"),
 }
 """Layers that only change their class, and the op that runs them."""
-FASTNN = (Linear, Int8Linear, *(ours for ours, _ in _SWAPPED.values()))
+FASTNN = (Linear, Int4Linear, Int8Linear, Int8WeightOnlyLinear, *(ours for ours, _ in _SWAPPED.values()))
 """The classes that run on fastnn's kernels."""
 
 
@@ -110,9 +122,9 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
     was = type(module).__name__
     if isinstance(module, nn.Linear):
         return _linear(Finding(name, module, was, "linear"), module, freeze)
-    if isinstance(module, Int8Linear):
-        backend, reason = backend_for("linear_int8", module.weight.device, sample.dtype)
-        return Finding(name, module, was, "linear_int8", backend, reason=reason or "is fastnn's already")
+    if isinstance(module, QuantizedLinear):
+        backend, reason = backend_for(module.op, module.weight.device, sample.dtype)
+        return Finding(name, module, was, module.op, backend, reason=reason or "is fastnn's already")
     if is_conv1d(module):
         return _conv1d(Finding(name, module, was, "linear"), freeze)
     for theirs, (_, op) in _SWAPPED.items():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 from torch.nn.modules import activation
 
-from ..nn import Int8Linear
+from ..nn import GroupwiseLinear, QuantizedLinear
 from ..testing.bench_cases import EXP_OPERATIONS, Work
 
 _ELEMENTWISE = tuple(
@@ -37,9 +37,12 @@ def work_of_call(module: Module, input: Tensor, output: Tensor) -> Work | None:
     written = output.numel() * output.element_size()
     if isinstance(module, nn.Linear):
         return Work(read, written, 2 * output.numel() * module.in_features, unit)
-    if isinstance(module, Int8Linear):
-        read += module.weight.numel() + module.weight_scale.numel() * module.weight_scale.element_size()
-        return Work(read, written, 2 * output.numel() * module.in_features, "int8")
+    if isinstance(module, QuantizedLinear):
+        digits = 1  # of an input: each is a product of codes
+        if isinstance(module, GroupwiseLinear) and not module.int8_input:
+            digits = 3 if input.dtype == torch.float32 else 2
+        operations = 2 * digits * output.numel() * module.in_features
+        return Work(read + module.code_bytes, written, operations, "int8")
     if isinstance(module, _SOFTMAX):
         return Work(read, written, output.numel() * EXP_OPERATIONS)
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm, *_ELEMENTWISE)):

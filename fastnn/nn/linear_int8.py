@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.linear import ACTIVATIONS, Activation
+from ..ops.linear import Activation
 from ..ops.linear_int8 import MAX_FEATURES, dequantize_weight, linear_int8_maybe_packed, quantize_rows
-from ..ops.packing import PackedCodes
+from .quantized import QuantizedLinear
 
 
-class Int8Linear(torch.nn.Module):
+class Int8Linear(QuantizedLinear):
     """A dense layer whose weight is int8 codes with a scale for each output, and whose inputs are rounded on the way.
 
     `weight` (int8, (out_features, in_features)) and `weight_scale` (float32, (out_features,)) are buffers; `bias` is a
@@ -30,9 +30,8 @@ class Int8Linear(torch.nn.Module):
         activation: as `fastnn.linear_int8`.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-    bias: torch.nn.Parameter | None
+    code_dtype = torch.int8
+    op = "linear_int8"
 
     def __init__(
         self,
@@ -44,18 +43,11 @@ class Int8Linear(torch.nn.Module):
         *,
         activation: Activation | None = None,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            known = ", ".join(repr(name) for name in ACTIVATIONS)
-            raise ValueError(f"fastnn.nn.Int8Linear: activation must be one of {known}; got {activation!r}")
         if in_features > MAX_FEATURES:
             raise ValueError(f"fastnn.nn.Int8Linear: in_features must be at most {MAX_FEATURES}, got {in_features}")
-        super().__init__()
-        self.in_features, self.out_features, self.activation = in_features, out_features, activation
+        super().__init__(in_features, out_features, bias, device, dtype, activation)
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(out_features, dtype=torch.float32, device=device))
-        zeros = torch.nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", zeros)
-        self.packed = PackedCodes()
 
     @classmethod
     def from_float(
@@ -87,34 +79,16 @@ class Int8Linear(torch.nn.Module):
         """The weight that the codes stand for, (out_features, in_features)."""
         return dequantize_weight(self.weight, self.weight_scale, dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        scale = self.weight_scale
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
-        self.packed.drop()
-        return self
+    def options(self) -> dict[str, Any]:
+        """What a file keeps beside the buffers."""
+        return {"activation": self.activation}
 
-    def extra_repr(self) -> str:
-        """The constructor's arguments."""
-        activation = "" if self.activation is None else f", activation={self.activation!r}"
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}" + (
-            activation
-        )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: Any,
-        extra: Any,
-        errors: Any,
-    ) -> None:
-        """As torch's, which would cut a floating weight down to whole numbers without a word."""
-        weight = state_dict.get(f"{prefix}weight")
-        if isinstance(weight, Tensor) and weight.dtype != torch.int8:
-            errors.append(f"{prefix}weight must be int8 codes, got {weight.dtype}: quantise after loading")
-            return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, extra, errors)
+    @classmethod
+    def stored(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Int8Linear:
+        """As in the base class."""
+        codes, scale = tensors["weight"], tensors["weight_scale"]
+        if codes.dtype != torch.int8 or codes.dim() != 2:
+            raise ValueError("weight must be int8 codes with 2 dimensions")
+        if scale.dtype != torch.float32 or scale.shape != codes.shape[:1]:
+            raise ValueError("weight_scale must be float32, one for each output")
+        return cls(codes.shape[1], codes.shape[0], False, "meta", activation=options["activation"])

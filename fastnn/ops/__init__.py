@@ -6,9 +6,12 @@ from .attention_cache import attention_with_kv_cache
 from .attention_varlen import attention_varlen
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
+from .embedding import embedding_groupwise
+from .groups import dequantize_groups, quantize_groups
 from .kv_cache import KVCache
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .linear_groupwise import linear_groupwise
 from .linear_int8 import linear_int8, quantize_rows
 from .masked_softmax import masked_softmax
 from .mlp import mlp, swiglu_mlp
@@ -23,17 +26,21 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "cross_entropy",
+    "dequantize_groups",
     "dropout_add",
+    "embedding_groupwise",
     "geglu",
     "gelu",
     "hardswish",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_groupwise",
     "linear_int8",
     "log_softmax",
     "masked_softmax",
     "mlp",
+    "quantize_groups",
     "quantize_rows",
     "reglu",
     "relu",

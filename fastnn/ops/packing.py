@@ -36,17 +36,21 @@ class PackedWeight:
             return None
         return self._copy_of((weight,), "linear_pack")
 
-    def _copy_of(self, sources: tuple[Tensor, ...], packer: str) -> Tensor | None:
-        """The copy that the raw operator `packer` makes of `sources`; None where no kernel reads one."""
+    def _copy_of(self, sources: tuple[Tensor, ...], packer: str, *options: object) -> Tensor | None:
+        """The copy that the raw operator `packer` makes of `sources` by `options`; None where no kernel reads one."""
         if _extension._C is None or sources[0].device.type != "cpu":
             return None
         if _dispatch.backend_in_force() not in (None, "cpu"):
             return None
-        key = (_extension._C.isa(), *((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources))
+        key = (
+            _extension._C.isa(),
+            *options,
+            *((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources),
+        )
         if self._packed is None or key != self._key:
             pack: Callable[..., Tensor] = getattr(torch.ops.fastnn, packer).default
             self._source = tuple(t.detach() for t in sources)
-            self._packed, self._key = pack(*self._source, True), key
+            self._packed, self._key = pack(*self._source, *options, True), key
         return self._packed
 
     def drop(self) -> None:
@@ -73,3 +77,14 @@ class PackedCodes(PackedWeight):
         if torch.compiler.is_compiling() or _dispatch.transformed():
             return None
         return self._copy_of((codes, scale), "linear_int8_pack")
+
+    def get_groups(
+        self, codes: Tensor, scale: Tensor, offset: Tensor | None, in_features: int, group_size: int
+    ) -> Tensor | None:
+        """The packed copy of a weight of codes in groups, or None where no kernel reads one."""
+        if torch.compiler.is_compiling() or _dispatch.transformed():
+            return None
+        bits = 4 if codes.dtype == torch.uint8 else 8
+        if offset is None:
+            return self._copy_of((codes, scale), "linear_groupwise_pack", None, in_features, group_size, bits)
+        return self._copy_of((codes, scale, offset), "linear_groupwise_pack", in_features, group_size, bits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,14 +27,61 @@ class Int8Dynamic(Config):
     """
 
 
+def _check_group_size(config: Config, group_size: object) -> None:
+    if type(group_size) is not int or group_size < 1:
+        raise ValueError(f"fastnn.{type(config).__name__}: group_size must be a positive int, got {group_size!r}")
+
+
+@dataclass(frozen=True)
+class Int8WeightOnly(Config):
+    """Weights as int8 codes that share a float16 scale in groups along a row; inputs keep their precision.
+
+    The scale is a group's largest magnitude / 127 (`fastnn.ops.quantize_groups`, `fastnn.linear_groupwise`).
+    """
+
+    group_size: int = 128
+    """Columns that share a scale; the last group of a row may be shorter."""
+
+    def __post_init__(self) -> None:
+        _check_group_size(self, self.group_size)
+
+
+@dataclass(frozen=True)
+class Int4WeightOnly(Config):
+    """Weights as codes of 4 bits that share a float16 scale in groups along a row; inputs keep their precision.
+
+    4.25 bits a weight with groups of 64, 4.5 with offsets (`fastnn.ops.quantize_groups`, `fastnn.linear_groupwise`).
+    """
+
+    group_size: int = 64
+    """Columns that share a scale; the last group of a row may be shorter."""
+    symmetric: bool = True
+    """weight = scale * (code - 8); else each group has an offset, too: weight = scale * code + offset."""
+
+    def __post_init__(self) -> None:
+        _check_group_size(self, self.group_size)
+
+
+@dataclass(frozen=True)
+class Int4Int8Dynamic(Config):
+    """Weights as `Int4WeightOnly`'s, inputs rounded to int8 on the way, a scale for each row.
+
+    Sums of a group are exact; results are the same bits on every instruction set (`fastnn.linear_groupwise`).
+    """
+
+    group_size: int = 64
+    """Columns that share a scale; the last group of a row may be shorter."""
+    symmetric: bool = True
+    """As `Int4WeightOnly`'s."""
+
+    def __post_init__(self) -> None:
+        _check_group_size(self, self.group_size)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a configuration treats one layer."""
 
-    op: str
-    """The op that runs the quantised layer, as `fastnn._dispatch` knows it."""
-    made: type[Module]
-    """The class that layers become."""
     why_not: Callable[[Module], str]
     """Why a layer cannot be quantised, in words; empty where it can."""
     quantized: Callable[[Module], Module]
@@ -50,15 +97,23 @@ def register(config: type[Config], recipe: Callable[[Config], Recipe]) -> None:
     RECIPES[config] = recipe
 
 
-def recipe_of(config: object) -> Recipe:
-    """The recipe of a configuration.
+def recipes_of(config: object) -> list[tuple[str, Recipe | None]]:
+    """(pattern of paths, recipe) of a configuration, or of a mapping of patterns to configurations or None.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is neither.
     """
+    if not isinstance(config, Mapping):
+        return [("*", _recipe_of(config))]
+    if not all(isinstance(pattern, str) for pattern in config):
+        raise TypeError("fastnn.quantize_: a mapping of configurations must have patterns of paths as keys")
+    return [(pattern, None if one is None else _recipe_of(one)) for pattern, one in config.items()]
+
+
+def _recipe_of(config: object) -> Recipe:
     for kind, recipe in RECIPES.items():
         if type(config) is kind:
             return recipe(config)
     known = ", ".join(f"{kind.__name__}()" for kind in RECIPES)
     got = config.__name__ if isinstance(config, type) else type(config).__name__
-    raise TypeError(f"fastnn.quantize_: config must be one of {known}; got {got}")
+    raise TypeError(f"fastnn.quantize_: config must be one of {known}, or a mapping of patterns to them; got {got}")

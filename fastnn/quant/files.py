@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,11 @@ from torch.nn import Module
 
 from .. import nn
 from ..accelerate.isolate import check_model
-from ..ops.linear import ACTIVATIONS
 from .container import FormatError, read, write
-from .int8 import float_weight, is_conv1d
+from .linear import float_weight, is_conv1d
 from .quantize import become
 
-FORMAT = 1
+FORMAT = 2
 """Of what is kept beside the tensors. A later version reads earlier ones."""
 
 
@@ -48,8 +47,12 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
         else:
             stored[name] = t
             first[key] = name
-    layers = {name: {"activation": m.activation} for name, m in model.named_modules() if isinstance(m, nn.Int8Linear)}
-    write(Path(path), stored, {"version": FORMAT, "shared": shared, "int8": layers})
+    layers = {
+        name: {"kind": type(m).__name__, "in_features": m.in_features, **m.options()}
+        for name, m in model.named_modules()
+        if isinstance(m, nn.QuantizedModule)
+    }
+    write(Path(path), stored, {"version": FORMAT, "shared": shared, "layers": layers})
 
 
 def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
@@ -70,10 +73,10 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
     """
     path = Path(path)
     tensors, kept = read(path)
-    if kept.get("version") != FORMAT:
-        raise FormatError(f"{path}: version {kept.get('version')!r}, this fastnn reads {FORMAT}")
+    if kept.get("version") not in (1, FORMAT):
+        raise FormatError(f"{path}: version {kept.get('version')!r}, this fastnn reads 1 and {FORMAT}")
     shared: Any = kept.get("shared")
-    layers: Any = kept.get("int8")
+    layers: Any = kept.get("int8" if kept["version"] == 1 else "layers")  # version 1 had one kind
     known = isinstance(shared, dict) and all(isinstance(name, str) and name in tensors for name in shared.values())
     if not known or not isinstance(layers, dict):
         raise FormatError(f"{path}: its metadata are not those of fastnn.save")
@@ -85,7 +88,7 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
     codes: dict[str, Tensor] = {}
     for name, (module, made) in chosen.items():
         weight: Any = module.weight
-        for buffer in ("weight", "weight_scale"):
+        for buffer in [key for key, held in made._buffers.items() if held is not None]:
             key = f"{name}.{buffer}" if name else buffer
             like = torch.empty_like(state[key], device=weight.device)
             made._buffers[buffer] = codes.setdefault(shared.get(key, key), like)
@@ -96,28 +99,36 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
 
 def _fitting(
     path: Path, model: Module, state: Mapping[str, Tensor], layers: Mapping[str, Any]
-) -> dict[str, tuple[Module, Module]]:
-    """Path -> (layer, the int8 layer that it is to become, without its memory yet), of layers that are floating yet.
+) -> dict[str, tuple[Module, nn.QuantizedModule]]:
+    """Path -> (layer, the one on codes that it is to become, without its memory yet), of layers that are floating yet.
 
     Raises RuntimeError where the file's tensors do not fit, before anything is changed.
     """
     modules = dict(model.named_modules())
-    found: dict[str, tuple[Module, Module]] = {}
+    found: dict[str, tuple[Module, nn.QuantizedModule]] = {}
     wanted = {name: t.shape for name, t in model.state_dict().items()}
     problems = []
     for name, options in layers.items():
         module, prefix = modules.get(name), f"{name}." if name else ""
-        made = _empty_layer(path, options, state.get(f"{prefix}weight"), state.get(f"{prefix}weight_scale"))
-        if isinstance(module, nn.Int8Linear):
+        made = _empty_layer(path, options, state, prefix)
+        if isinstance(module, nn.QuantizedModule) and _same_kind(module, made):
             continue
+        embeds = isinstance(made, nn.GroupwiseEmbedding)
         dense = isinstance(module, torch.nn.Linear) or (module is not None and is_conv1d(module))
-        if module is None or not dense or "weight" not in module._parameters:
-            problems.append(f"{name or 'the model'} is no dense layer, but the file has int8 codes for it")
+        fits = isinstance(module, torch.nn.Embedding) if embeds else dense
+        if module is None or not fits or "weight" not in module._parameters:
+            kind = "embedding" if embeds else "dense layer"
+            problems.append(f"{name or 'the model'} is no {kind}, but the file has codes for it")
             continue
-        made.bias = module._parameters["bias"]
+        if isinstance(made, nn.GroupwiseEmbedding):
+            made.dtype = float_weight(module).dtype
+        else:
+            made._parameters["bias"] = module._parameters["bias"]
         found[name] = (module, made.train(module.training))
-        shape = float_weight(module).shape
-        wanted[f"{prefix}weight"], wanted[f"{prefix}weight_scale"] = shape, shape[:1]
+        if float_weight(module).shape != (made.out_features, made.in_features):
+            there, here = (made.out_features, made.in_features), tuple(float_weight(module).shape)
+            problems.append(f"{prefix}weight is {there} in the file, {here} in the model")
+        wanted.update({f"{prefix}{key}": held.shape for key, held in made._buffers.items() if held is not None})
     problems += [f"the file lacks {name}" for name in wanted.keys() - state.keys()]
     problems += [f"the model lacks {name}" for name in state.keys() - wanted.keys()]
     problems += [
@@ -131,13 +142,26 @@ def _fitting(
     return found
 
 
-def _empty_layer(path: Path, options: Any, codes: Tensor | None, scale: Tensor | None) -> nn.Int8Linear:
+_KINDS: dict[str, type[nn.QuantizedModule]] = {
+    kind.__name__: kind
+    for kind in (nn.Int4Embedding, nn.Int4Linear, nn.Int8Embedding, nn.Int8Linear, nn.Int8WeightOnlyLinear)
+}
+
+
+def _same_kind(module: nn.QuantizedModule, made: nn.QuantizedModule) -> bool:
+    sizes = (module.in_features, module.options()), (made.in_features, made.options())
+    return type(module) is type(made) and sizes[0] == sizes[1]
+
+
+def _empty_layer(path: Path, options: Any, state: Mapping[str, Tensor], prefix: str) -> nn.QuantizedModule:
     """A layer for these codes on the meta device: what the file says of sizes costs no memory."""
-    activation: Any = options.get("activation") if isinstance(options, dict) else ()
-    if codes is None or scale is None or codes.dtype != torch.int8 or scale.dtype != torch.float32:
-        raise FormatError(f"{path}: its int8 layers lack codes or scales")
-    if codes.dim() != 2 or not (activation is None or (isinstance(activation, str) and activation in ACTIVATIONS)):
-        raise FormatError(f"{path}: its int8 layers are of a kind that this fastnn does not know")
-    layer = nn.Int8Linear(codes.shape[1], codes.shape[0], False, "meta")
-    layer.activation = cast(Any, activation)
-    return layer
+    held = {name: state[f"{prefix}{name}"] for name in _BUFFERS if f"{prefix}{name}" in state}
+    try:
+        return _KINDS[options.get("kind", "Int8Linear")].stored(options, held)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FormatError(
+            f"{path}: its quantised layers lack codes or scales, or are of a kind unknown ({error})"
+        ) from None
+
+
+_BUFFERS = ("weight", "weight_scale", "weight_offset")

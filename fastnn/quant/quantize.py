@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,8 +13,8 @@ from torch.nn import Module
 
 from .. import nn
 from ..accelerate.isolate import check_model
-from . import int8 as int8  # registers its recipe
-from .config import Recipe, recipe_of
+from .config import Recipe, recipes_of
+from .linear import is_conv1d  # and registers its recipes
 from .measure import Times, compare, first_inputs
 from .report import Entry, Report
 
@@ -40,6 +40,7 @@ class _Layer:
 
     name: str
     module: Module
+    recipe: Recipe | None = None
     reason: str = ""
     """Why it is left alone."""
     remark: str = ""
@@ -68,7 +69,10 @@ def quantize_(
 
     Args:
         model: any module; it may be a layer itself.
-        config: what to; `fastnn.Int8Dynamic()` takes torch's and fastnn's Linear and Hugging Face's Conv1D.
+        config: what to: `fastnn.Int8Dynamic()`, `Int8WeightOnly()`, `Int4WeightOnly()` or `Int4Int8Dynamic()`; or a
+            mapping of patterns of paths (as in `include`) to configurations, or None, of which the first that matches
+            a layer holds for it. All take torch's and fastnn's Linear and Hugging Face's Conv1D; all but Int8Dynamic
+            take torch's Embedding.
         filter_fn: called with each layer and its path; False leaves it alone.
         include: patterns of paths (`*`, `?`, as in fnmatch), at least one of which must match, where any are given. A
             layer whose weight some other layer keeps needs them too (see below).
@@ -94,21 +98,24 @@ def quantize_(
     check_model("quantize_", model)
     if not max_slowdown > 0:
         raise ValueError(f"fastnn.quantize_: max_slowdown must be above 0, got {max_slowdown}")
-    recipe = recipe_of(config)
     layers = list(_layers(model))
-    chosen = _choose(layers, recipe, filter_fn, _patterns("include", include, layers), exclude)
+    recipes = recipes_of(config)
+    _patterns("config", tuple(pattern for pattern, _ in recipes if pattern != "*"), layers)
+    for layer in layers:
+        layer.recipe = next((recipe for pattern, recipe in recipes if fnmatchcase(layer.name, pattern)), None)
+    chosen = _choose(layers, filter_fn, _patterns("include", include, layers), exclude)
     if example_inputs is not None:
         inputs = first_inputs(model, [layer.module for layer in chosen], example_inputs)
         for layer in chosen:
             layer.input = inputs.get(layer.module)
     for layer in chosen:
-        _prepare(layer, recipe)
+        _prepare(layer)
     _measure([layer for layer in chosen if layer.input is not None], max_slowdown)
     entries = tuple(_entries(layers))
     for layer in chosen:
         if layer.made is not None and not layer.reason:
             become(layer.module, layer.made)
-    return Report(entries, repr(config))
+    return Report(entries, repr(dict(config) if isinstance(config, Mapping) else config))
 
 
 def _layers(model: Module) -> Iterator[_Layer]:
@@ -127,12 +134,15 @@ def _patterns(argument: str, patterns: Patterns, layers: list[_Layer]) -> tuple[
 
 
 def _choose(
-    layers: list[_Layer], recipe: Recipe, filter_fn: FilterFn | None, include: tuple[str, ...], exclude: Patterns
+    layers: list[_Layer], filter_fn: FilterFn | None, include: tuple[str, ...], exclude: Patterns
 ) -> list[_Layer]:
     """Notes of each layer why it is left alone; the others."""
     exclude = _patterns("exclude", exclude, layers)
     for layer in layers:
-        layer.reason = recipe.why_not(layer.module)
+        if layer.recipe is None:
+            layer.reason = "no pattern of the configuration matches, or it says None"
+        else:
+            layer.reason = layer.recipe.why_not(layer.module)
         if layer.reason:
             continue
         if include and not any(fnmatchcase(layer.name, one) for one in include):
@@ -162,13 +172,17 @@ def _tie(layers: list[_Layer], named: bool) -> None:
                 layer.reason = f"shares its weight with {other}, which keeps it; name it in `include` to untie it"
 
 
-def _prepare(layer: _Layer, recipe: Recipe) -> None:
-    """Makes the quantised layer; the codes of tied ones are the same tensors."""
-    layer.made = recipe.quantized(layer.module)
-    first = layer.tied[0].made
-    if first is not None and first is not layer.made and type(layer.module) is type(layer.tied[0].module):
-        for name, buffer in first.named_buffers(recurse=False):
-            setattr(layer.made, name, buffer)
+def _prepare(layer: _Layer) -> None:
+    """Makes the quantised layer; the codes of tied ones are the same tensors, an embedding's and its head's, too."""
+    if layer.recipe is None:
+        raise ValueError("fastnn.quantize_: a layer was chosen without a configuration")
+    layer.made = made = layer.recipe.quantized(layer.module)
+    first = layer.tied[0]
+    if first is layer or first.made is None or is_conv1d(layer.module) != is_conv1d(first.module):
+        return
+    if isinstance(made, nn.QuantizedModule) and made.shares_codes_with(first.made):
+        for name, buffer in first.made.named_buffers(recurse=False):
+            setattr(made, name, buffer)
 
 
 def _signature(layer: _Layer, input: Tensor) -> tuple[Any, ...]:
@@ -205,7 +219,9 @@ def _entries(layers: list[_Layer]) -> list[Entry]:
         done = layer.made is not None and not layer.reason
         before = after = 0 if id(weight) in counted else _nbytes(layer.module)
         if done and layer.made is not None:
-            after = _nbytes(layer.made) if layer is layer.tied[0] else 0
+            codes = id(layer.made.weight)
+            after = 0 if codes in counted else _nbytes(layer.made)
+            counted.add(codes)
         counted.add(id(weight))
         remark = layer.reason or layer.remark
         if done and layer.input is None and any(one.input is not None for one in layers):
@@ -228,8 +244,10 @@ def _entries(layers: list[_Layer]) -> list[Entry]:
 
 
 def _nbytes(module: Module) -> int:
-    held = (getattr(module, "weight", None), getattr(module, "weight_scale", None))
-    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+    if isinstance(module, nn.QuantizedModule):
+        return module.code_bytes
+    weight = module.weight
+    return weight.numel() * weight.element_size() if isinstance(weight, Tensor) else 0
 
 
 def become(module: Module, made: Module) -> None:
@@ -252,8 +270,9 @@ def become(module: Module, made: Module) -> None:
 def dequantize_(model: Module) -> tuple[str, ...]:
     """Gives the layers that `quantize_` changed a floating weight again, the one that their codes stand for, in place.
 
-    Classes, types and the wish for a gradient are those from before; layers that shared codes share the weight. An
-    `Int8Linear` that was made as such becomes a `fastnn.nn.Linear` with a float32 weight, or one of its bias's type.
+    Classes, types and the wish for a gradient are those from before; layers that shared codes share the weight. A
+    layer that was made as such becomes a `fastnn.nn.Linear` with a float32 weight, or one of its bias's type, or a
+    `torch.nn.Embedding`.
 
     Returns:
         The paths of the layers.
@@ -262,12 +281,11 @@ def dequantize_(model: Module) -> tuple[str, ...]:
         TypeError: `model` is no module.
     """
     check_model("dequantize_", model)
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Int8Linear)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.QuantizedModule)]
     shared: dict[tuple[int, bool], torch.nn.Parameter] = {}
     for _, layer in found:
-        dtype = torch.float32 if layer.bias is None else layer.bias.dtype
-        origin: Origin = vars(layer).pop("_quantized_from", Origin(nn.Linear, dtype, True, {}, ("packed",)))
-        transposed = not issubclass(origin.kind, torch.nn.Linear)
+        origin: Origin = vars(layer).pop("_quantized_from", None) or _origin(layer)
+        transposed = not issubclass(origin.kind, (torch.nn.Linear, torch.nn.Embedding))
         key = id(layer.weight), transposed
         if key not in shared:
             weight = layer.dequantized(origin.dtype)
@@ -276,13 +294,28 @@ def dequantize_(model: Module) -> tuple[str, ...]:
     return tuple(name for name, _ in found)
 
 
-def _revert(layer: Module, origin: Origin, weight: torch.nn.Parameter) -> None:
+def _origin(layer: nn.QuantizedModule) -> Origin:
+    """Of one that was made as such."""
+    if isinstance(layer, nn.GroupwiseEmbedding):
+        blank = torch.nn.Embedding(0, 0)
+        plain = {name: vars(blank)[name] for name in vars(blank).keys() - vars(torch.nn.Module()).keys()}
+        kept = {name: getattr(layer, name) for name in ("num_embeddings", "embedding_dim")}
+        added: tuple[str, ...] = ("in_features", "out_features", "group_size", "symmetric", "dtype")
+        return Origin(torch.nn.Embedding, layer.dtype, True, {**plain, **kept}, added)
+    bias = layer._parameters.get("bias")
+    added = ("packed", "group_size", "symmetric", "int8_input")
+    return Origin(nn.Linear, torch.float32 if bias is None else bias.dtype, True, {}, added)
+
+
+def _revert(layer: nn.QuantizedModule, origin: Origin, weight: torch.nn.Parameter) -> None:
     state = vars(layer)
-    for name in ("weight", "weight_scale"):
-        del layer._buffers[name]
+    for name in ("weight", *layer.scale_buffers):
+        layer._buffers.pop(name, None)
     for name in origin.added:
         state.pop(name, None)
     state.update(origin.attributes)
-    layer.__class__ = origin.kind
-    bias = layer._parameters.pop("bias", None)
-    layer._parameters.update(weight=weight, bias=bias)
+    module: Module = layer
+    module.__class__ = origin.kind
+    others = dict(layer._parameters)  # the bias, where the class has one
+    layer._parameters.clear()
+    layer._parameters.update(weight=weight, **others)

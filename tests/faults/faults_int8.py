@@ -10,7 +10,7 @@ INT8_ROWS = (f"{INT8}::test_rows_of_every_kind[torch.float32-{{isa}}]",)
 INT8_FAULTS = [
     Fault(
         "int8: the largest magnitude of a row misses its tail",
-        INT8_KERNEL,
+        f"{SIMD}codes.h",
         "if (left <= 0) continue;",
         "if (left < kLanes) continue;",
         INT8_ROWS,
@@ -24,9 +24,9 @@ INT8_FAULTS = [
     ),
     Fault(
         "int8: a row of zeros has the scale 0",
-        INT8_KERNEL,
-        "scale[m] = one > kLeastScale ? one : kLeastScale;",
-        "scale[m] = one;",
+        f"{SIMD}codes.h",
+        "return one > kLeastScale ? one : kLeastScale;",
+        "return one;",
         INT8_ROWS,
     ),
     Fault(
@@ -63,21 +63,21 @@ INT8_FAULTS = [
     Fault(
         "int8: a layer's packed copy does not follow its scales",
         f"{OPS}packing.py",
-        "t.stride()) for t in sources))",
-        "t.stride()) for t in sources[:1]))",
+        "t.stride()) for t in sources),",
+        "t.stride()) for t in sources[:1]),",
         (f"{INT8}::test_packs_once_and_follows_its_buffers",),
     ),
     Fault(
         "int8: the scale is rounded with the model",
-        "fastnn/nn/linear_int8.py",
-        "if self.weight_scale.dtype != torch.float32:",
-        "if self.weight_scale.dtype == torch.float64:",
+        "fastnn/nn/quantized.py",
+        "and after.dtype != before.dtype:",
+        "and after.dtype == torch.float64:",
         (f"{INT8}::test_scale_stays_float32",),
     ),
     Fault(
         "int8: floating weights are loaded as whole numbers",
-        "fastnn/nn/linear_int8.py",
-        "weight.dtype != torch.int8:",
+        "fastnn/nn/quantized.py",
+        "weight.dtype != self.code_dtype:",
         "weight.dtype == torch.float64:",
         (f"{INT8}::test_floating_weights_are_not_loaded_into_codes",),
     ),
@@ -91,8 +91,8 @@ INT8_FAULTS = [
     Fault(
         "quantize_: tied layers have codes of their own",
         "fastnn/quant/quantize.py",
-        "setattr(layer.made, name, buffer)",
-        "setattr(layer.made, name, buffer.clone())",
+        "setattr(made, name, buffer)",
+        "setattr(made, name, buffer.clone())",
         ("tests/test_quantize.py::test_tied_layers_share_their_codes",),
     ),
 ]

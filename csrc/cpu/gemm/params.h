@@ -1,6 +1,7 @@
 // Arguments of the matrix product that everything which multiplies matrices shares.
 #pragma once
 #include "params/linear.h"
+#include "params/linear_groupwise.h"
 
 namespace fastnn {
 
@@ -25,6 +26,13 @@ struct Int8Scales {
   const int32_t* offset;
 };
 
+// Of a product with a weight in groups (gemm/groups.h): a holds digits, b_packed its strips.
+struct GroupedProduct {
+  GroupLayout layout;
+  int digits;            // of an activation: 1 to 3
+  const BlockOfRow* of;  // M x blocks
+};
+
 // c (M x N) = epilogue(a (M x K) b (K x N)). Strides are of rows, in elements.
 struct GemmParams {
   int64_t M, N, K;
@@ -37,6 +45,7 @@ struct GemmParams {
   bool is_int8;  // a holds bytes: codes plus 128, K of them with padding, a multiple of 4;
   Int8Scales
       int8;  // ... b_packed holds strips of codes, and sums become float32 before the epilogue
+  const GroupedProduct* groups;  // or null; a's row_stride is in bytes then
 };
 
 constexpr int64_t kStrip = 16;  // columns in a strip of packed b, whatever the vector width

@@ -10,44 +10,19 @@
 namespace fastnn {
 namespace {
 
-constexpr int32_t kInfinityBits = 0x7f800000;
-constexpr float kLeastScale = 0x1p-126f;  // its reciprocal is finite; a row of zeros has this one
-constexpr float kMaxCode = 127.f;
-
-template <class T>
-FASTNN_INLINE int32_t largest_magnitude_bits(const T* row, int64_t stride, int64_t n) {
-  constexpr int kWide = 4;
-  IVec top[kWide] = {};
-  for (int64_t i = 0; i < n; i += kWide * kLanes) {
-    FASTNN_UNROLL for (int v = 0; v < kWide; ++v) {
-      const int64_t left = n - i - v * kLanes;
-      if (left <= 0) continue;
-      const int count = left < kLanes ? (int)left : kLanes;
-      top[v] = max_ints(top[v], as_int(abs(load_strided(row, i + v * kLanes, count, stride))));
-    }
-  }
-  const IVec all = max_ints(max_ints(top[0], top[1]), max_ints(top[2], top[3]));
-  int32_t bits = all[0];
-  for (int i = 1; i < kLanes; ++i) bits = all[i] > bits ? all[i] : bits;
-  return bits;
-}
-
 template <class T>
 void quantise_rows_typed(const Matrix& x, int64_t K, int64_t begin, int64_t end, uint8_t flip,
                          uint8_t* codes, int64_t code_stride, float* scale) {
   for (int64_t m = begin; m < end; ++m) {
     const T* const row = static_cast<const T*>(x.data) + m * x.row_stride;
     uint8_t* const out = codes + m * code_stride;
-    const int32_t bits = largest_magnitude_bits(row, x.col_stride, K);
+    const int32_t bits = largest_magnitude_bits(row, 0, K, x.col_stride);
     if (bits >= kInfinityBits) {
       scale[m] = __builtin_nanf("");
       std::memset(out, flip, (size_t)K);
       continue;
     }
-    float largest;
-    std::memcpy(&largest, &bits, sizeof largest);
-    const float one = largest / kMaxCode;
-    scale[m] = one > kLeastScale ? one : kLeastScale;
+    scale[m] = code_scale(bits);
     const Vec inverse = splat(1.f / scale[m]);
     for (int64_t i = 0; i < K; i += kLanes) {
       const int count = K - i < kLanes ? (int)(K - i) : kLanes;

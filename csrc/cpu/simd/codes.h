@@ -1,6 +1,6 @@
 // Codes of 8 bits: their dot products, and how values become codes.
 #pragma once
-#include "cpu/simd/vec.h"
+#include "cpu/simd/lanes.h"
 
 namespace fastnn {
 namespace {
@@ -48,7 +48,7 @@ FASTNN_INLINE Vec dot_code_quads(Vec c, Vec a, Vec b) {
 #endif
 }
 
-// The nearest integer, ties to even, for |x| < 2^22.
+// The nearest integer, ties to even, for |x| < 2^23.
 FASTNN_INLINE IVec nearest_int(Vec x) {
 #if defined(__AVX512F__)
   return (IVec)_mm512_cvtps_epi32((__m512)x);
@@ -57,7 +57,8 @@ FASTNN_INLINE IVec nearest_int(Vec x) {
 #elif defined(__SSE2__)
   return (IVec)_mm_cvtps_epi32((__m128)x);
 #else
-  return __builtin_convertvector(round_even(x), IVec);
+  const Vec magic = splat(0x1p23f);  // adding it to a magnitude drops the fraction
+  return __builtin_convertvector(copysign((abs(x) + magic) - magic, x), IVec);
 #endif
 }
 
@@ -80,6 +81,41 @@ FASTNN_INLINE void store_codes(uint8_t* p, IVec v, int count, uint8_t flip) {
 #else
   for (int i = 0; i < count; ++i) p[i] = (uint8_t)((uint8_t)v[i] ^ flip);
 #endif
+}
+
+constexpr int32_t kInfinityBits = 0x7f800000;
+constexpr float kLeastScale = 0x1p-126f;  // its reciprocal is finite; a row of zeros has this one
+constexpr float kMaxCode = 127.f;
+
+// Magnitudes compared as integers: NaN counts as larger than infinity, that as larger than
+// everything finite.
+template <class T>
+FASTNN_INLINE int32_t largest_magnitude_bits(const T* row, int64_t first, int64_t n,
+                                             int64_t stride) {
+  constexpr int kWide = 4;
+  IVec top[kWide] = {};
+  for (int64_t i = 0; i < n; i += kWide * kLanes) {
+    FASTNN_UNROLL for (int v = 0; v < kWide; ++v) {
+      const int64_t left = n - i - v * kLanes;
+      if (left <= 0) continue;
+      const int count = left < kLanes ? (int)left : kLanes;
+      top[v] =
+          max_ints(top[v], as_int(abs(load_strided(row, first + i + v * kLanes, count, stride))));
+    }
+  }
+  const IVec all = max_ints(max_ints(top[0], top[1]), max_ints(top[2], top[3]));
+  int32_t bits = all[0];
+  for (int i = 1; i < kLanes; ++i) bits = all[i] > bits ? all[i] : bits;
+  return bits;
+}
+
+// The scale of values up to `bits` (as largest_magnitude_bits gives them, finite) as codes of 8
+// bits.
+FASTNN_INLINE float code_scale(int32_t bits) {
+  float largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  const float one = largest / kMaxCode;
+  return one > kLeastScale ? one : kLeastScale;
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import nn
 from ...ops.linear import ACTIVATIONS, linear_reference
 from ...ops.linear import linear as typed_linear
-from .. import int8
+from .. import groupwise, int8
 from ..cases import Case, Inputs, InvalidCall
 from ..inputs import Fill, arrange, fill
 
@@ -220,7 +220,7 @@ def _wide_cases() -> Iterator[Case]:
     )
 
 
-CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases(), *int8.CASES)
+CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases(), *int8.CASES, *groupwise.CASES)
 
 
 def _t(*shape: int, **options: Any) -> Tensor:
@@ -396,4 +396,5 @@ INVALID: tuple[InvalidCall, ...] = (
     *_raw_backward_calls(),
     *_raw_packed_calls(),
     *int8.INVALID,
+    *groupwise.INVALID,
 )
