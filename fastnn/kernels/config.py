@@ -92,8 +92,8 @@ def rows_config(
         largest, step = 2048, 1024
     block = power_of_2(columns, 16)
     if block > largest:
-        # 512 threads: few programs share a multiprocessor, and L2 holds their rows till the second reading. A quarter of
-        # the block is 8 half-precision elements a thread, so that its four quarters lie in the same threads.
+        # 512 threads: few programs share a multiprocessor, and L2 holds their rows till the second reading. A quarter
+        # of the block is 8 half-precision elements a thread, so that its four quarters lie in the same threads.
         return Rows(1, step, False, 512 // lanes_of(arch))
     tile = 16384 if arch.name == "interpreted" else 2048
     together = min(max(tile // block, 1), power_of_2(rows))
