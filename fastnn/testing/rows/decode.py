@@ -92,3 +92,5 @@ def _cases() -> Iterator[BenchCase]:
 
 
 CASES: tuple[BenchCase, ...] = tuple(_cases())
+
+GPU_CASES: tuple[BenchCase, ...] = ()
