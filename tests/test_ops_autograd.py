@@ -269,7 +269,9 @@ def test_checkpointing(op, name, reentrant):
         )
 
     if reentrant:  # takes backward() only
-        leaves = {key: t.detach().clone().requires_grad_(t.requires_grad) for key, t in leaves_of(case).items()}
+        leaves = leaves_of(
+            case
+        )  # not copies: those would be dense, and sums of other layouts differ in their last bits
         output = recomputed(leaves)
         output.backward(grad_for(output).detach())
         found = [output, *(leaves[key].grad for key in case.differentiable)]
