@@ -13,9 +13,8 @@ void attention_bwd(const char* op, const AttentionBwdParams* sequences, int64_t 
 inline void attention_fwd(const AttentionFwdParams& p) { attention_fwd("attention_fwd", &p, 1); }
 inline void attention_bwd(const AttentionBwdParams& p) { attention_bwd("attention_bwd", &p, 1); }
 
-// Copies key and value, (B, H_kv, length, features) by their strides, to rows first[b], first[b] +
-// 1,
-// ... of the caches.
+// Copies key and value, (B, H_kv, length, features) by their strides, to rows from first[b] on of
+// the caches.
 struct AttentionAppendParams {
   int64_t B, H_kv, length, D, D_v, element_bytes;
   Heads k, v;

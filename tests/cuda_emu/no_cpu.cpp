@@ -31,7 +31,7 @@ int64_t linear_packed_bytes(int64_t, int64_t, DType) { none(); }
 void linear_pack(const Matrix&, int64_t, int64_t, void*) { none(); }
 void activation_fwd(const ActivationParams&) { none(); }
 void activation_bwd(const ActivationBwdParams&) { none(); }
-void attention_fwd(const AttentionFwdParams&) { none(); }
-void attention_bwd(const AttentionBwdParams&) { none(); }
+void attention_fwd(const char*, const AttentionFwdParams*, int64_t) { none(); }
+void attention_bwd(const char*, const AttentionBwdParams*, int64_t) { none(); }
 
 }  // namespace fastnn
