@@ -114,6 +114,7 @@ void attention(int64_t s_q, int64_t s_k, int64_t d, DType type, bool masked) {
   a.k = {k.data(), s_k * d, s_k * d, d};
   a.v = {v.data(), s_k * d, s_k * d, d};
   a.dtype = type;
+  a.lse_head_stride = s_q;
   a.scale = 1.f / std::sqrt(static_cast<float>(d));
   a.window_left = -1;
   a.window_right = masked ? -1 : 0;
@@ -131,7 +132,10 @@ void attention(int64_t s_q, int64_t s_k, int64_t d, DType type, bool masked) {
                                 lse.get(),
                                 dq.data(),
                                 dk.data(),
-                                dv.data()};
+                                dv.data(),
+                                {kHeads * s_q * d, s_q * d, d},
+                                {s_k * d, s_k * d, d},
+                                {s_k * d, s_k * d, d}};
   const Memory memory = workspace(fastnn_cuda_attention_bwd_workspace(&b));
   fastnn_cuda_attention_bwd(&b, memory.get(), nullptr);
   std::vector<double> want(out.exact.size()), want_dq(want.size()), want_dk(k.exact.size()),

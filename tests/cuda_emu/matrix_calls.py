@@ -70,12 +70,15 @@ class AttentionParams(ctypes.Structure):
         ("softcap", c_float),
         ("window_left", c_int64),
         ("window_right", c_int64),
+        ("position", c_int64),
         ("mask_kind", c_int32),
         ("mask_dtype", c_int32),
         ("mask", c_void_p),
         ("mask_strides", c_int64 * 4),
         ("dropout", c_float),
         ("seed", c_uint64),
+        ("first_draw", c_uint64),
+        ("lse_head_stride", c_int64),
     ]
 
 
@@ -98,6 +101,7 @@ class AttentionBwdParams(ctypes.Structure):
         ("out", Heads),
         ("d_out", Heads),
         *((name, c_void_p) for name in ("lse", "dq", "dk", "dv")),
+        ("strides", c_int64 * 9),
     ]
 
 
@@ -184,7 +188,7 @@ class Launchers:
         b, h, s_q, d = q.shape
         p = AttentionParams(b, h, k.shape[1], s_q, k.shape[2], d, v.shape[3], heads(q), heads(k), heads(v))
         p.dtype, p.scale, p.softcap, p.window_left, p.window_right = DTYPE_CODE[q.dtype], scale, softcap, left, right
-        p.dropout, p.seed = dropout, seed
+        p.dropout, p.seed, p.lse_head_stride = dropout, seed, s_q
         if mask is not None:
             p.mask_kind = 1 if mask.dtype == torch.bool else 2
             p.mask_dtype = DTYPE_CODE.get(mask.dtype, 0)
