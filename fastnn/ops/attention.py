@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -123,6 +124,15 @@ def attention_reference(
     return (weights @ value).to(dtype), lse
 
 
+def differentiate(
+    output: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients, themselves differentiable, of the inputs that need one, which come first in `needed`; else None."""
+    wanted = [t for t, w in zip(inputs, needed, strict=False) if w]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return [next(found) if w else None for w in needed[: len(inputs)]]
+
+
 class AttentionFunction(torch.autograd.Function):
     """Saves the operands, the output and a float per query; backward recomputes the weights tile by tile."""
 
@@ -150,9 +160,7 @@ class AttentionFunction(torch.autograd.Function):
         query, key, value, mask, seed, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             again, _lse = attention_reference(query, key, value, mask, seed, ctx.options)
-            wanted = [t for t, w in zip((query, key, value), ctx.needs_input_grad, strict=False) if w]
-            found = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
-            gradients = [next(found) if w else None for w in ctx.needs_input_grad[:3]]
+            gradients = differentiate(again, (query, key, value), ctx.needs_input_grad, grad)
         else:
             bwd = _dispatch.KERNELS["attention"][ctx.backend].bwd
             dtype = query.dtype

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _dispatch, _extension
 from .._record import note_reference
 from . import autocast
-from .attention import AttentionOptions, attention_reference, check_tensor, read_options
+from .attention import AttentionOptions, attention_reference, check_tensor, differentiate, read_options
 from .autocast import cast
 
 WHERE = "fastnn.attention_varlen"
@@ -113,9 +113,7 @@ class AttentionVarlenFunction(torch.autograd.Function):
         found: Any
         if torch.is_grad_enabled():
             again, _lse = attention_varlen_reference(query, key, value, bounds_q, bounds_k, seed, ctx.options)
-            wanted = [t for t, w in zip((query, key, value), ctx.needs_input_grad, strict=False) if w]
-            some = iter(torch.autograd.grad(again, wanted, grad, create_graph=True))
-            found = [next(some) if w else None for w in ctx.needs_input_grad[:3]]
+            found = differentiate(again, (query, key, value), ctx.needs_input_grad, grad)
         else:
             bwd = _dispatch.KERNELS["attention_varlen"][ctx.backend].bwd
             found = bwd(grad, query, key, value, bounds_q, bounds_k, seed, out, lse, *ctx.options, True)

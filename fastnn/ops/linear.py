@@ -160,15 +160,20 @@ def linear_bwd_reference(
     return dx, dw, rows.sum(0) if needs[2] else None
 
 
+def check_activation(op: str, activation: object) -> None:
+    """ValueError, in the name of `op`, unless it is a key of `ACTIVATIONS`."""
+    if (activation is not None and not isinstance(activation, str)) or activation not in ACTIVATIONS:
+        known = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"{op}: activation must be one of {known}; got {activation!r}")
+
+
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
             raise TypeError(f"fastnn.linear: {name} must be a Tensor, got {type(tensor).__name__}")
         if tensor is not None and tensor.layout is not torch.strided:
             raise TypeError(f"fastnn.linear: {name} must be a dense tensor, got layout {tensor.layout}")
-    if (activation is not None and not isinstance(activation, str)) or activation not in ACTIVATIONS:
-        known = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"fastnn.linear: activation must be one of {known}; got {activation!r}")
+    check_activation("fastnn.linear", activation)
     if weight.dim() not in (1, 2):
         raise ValueError(f"fastnn.linear: weight must be (out_features, in_features), got shape {tuple(weight.shape)}")
     if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:

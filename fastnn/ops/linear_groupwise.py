@@ -20,7 +20,7 @@ from .groups import (
     dequantize_groups,
     unpack_nibbles,
 )
-from .linear import ACTIVATION_CODE, ACTIVATIONS, Activation
+from .linear import ACTIVATION_CODE, ACTIVATIONS, Activation, check_activation
 from .linear_int8 import quantize_rows_reference
 
 _STRIP, _LINE = 16, 64  # csrc/params/linear_groupwise.h
@@ -192,9 +192,7 @@ def _check(
     op = "fastnn.linear_groupwise"
     tensors = {"input": input, "codes": codes, "scale": scale, "offset": offset, "bias": bias}
     check_tensors(op, tensors, None)
-    if (activation is not None and not isinstance(activation, str)) or activation not in ACTIVATIONS:
-        known = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"{op}: activation must be one of {known}; got {activation!r}")
+    check_activation(op, activation)
     if not input.dtype.is_floating_point:
         raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
     if input.dim() == 0:

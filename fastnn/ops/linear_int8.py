@@ -12,7 +12,7 @@ from .. import _dispatch, _extension
 from .._record import note_reference
 from . import autocast
 from .autocast import cast
-from .linear import ACTIVATION_CODE, ACTIVATIONS, Activation
+from .linear import ACTIVATION_CODE, ACTIVATIONS, Activation, check_activation
 
 MAX_CODE = 127
 """Codes are in [-127, 127]."""
@@ -137,9 +137,7 @@ def _check(input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, act
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
         if tensor is not None and tensor.device != input.device:
             raise TypeError(f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}")
-    if (activation is not None and not isinstance(activation, str)) or activation not in ACTIVATIONS:
-        known = ", ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"{op}: activation must be one of {known}; got {activation!r}")
+    check_activation(op, activation)
     if not input.dtype.is_floating_point:
         raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
     if codes.dtype != torch.int8:
