@@ -58,7 +58,7 @@ def test_orders(emulated: Emulated, name: str, schedule: tuple[str, bool]) -> No
 
 @pytest.mark.parametrize("name", [name for name in TILES if name != "plain"])
 def test_traffic(emulated: Emulated, name: str) -> None:
-    """Tensor-core kernels read what the plan says, within 2 %, 16 bytes at a time; no matrix load meets a bank twice."""
+    """Tensor-core kernels read what the plan says (2 %), 16 bytes at a time; matrix loads meet no bank twice."""
     tile, (m, n, k), sms, splits = TILES[name]
     emulated.device(90, sms)
     plan = emulated.plan(m, n, k, sms=sms)
