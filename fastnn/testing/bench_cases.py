@@ -113,6 +113,8 @@ class BenchCase:
     ours: tuple[Ours, ...]
     wanted: tuple[str, ...] = ()
     """Inputs whose gradients are taken in direction `fb`; `grad` is then the gradient of the result."""
+    measured_by: Callable[[Inputs], Tensor | Results] | None = None
+    """Whose error bounds that of contenders, where it is not the plain call's: rows that round their inputs."""
     by_hand: Callable[[Inputs], Tensor | Results] | None = None
     """Torch as somebody writes it who knows which of its ways is fast, where that is not the plain call."""
     out_call: Callable[[Inputs, Tensor], object] | None = None
