@@ -146,6 +146,10 @@ class BenchCase:
         with torch.device(self.device):
             return self.make(DTYPES[self.dtype], torch.Generator(self.device).manual_seed(seed))
 
+    def rival(self, inputs: Inputs) -> Results:
+        """The results whose errors bound a contender's."""
+        return self.run(self.measured_by or self.torch_call, inputs)
+
     def run(self, call: Callable[[Inputs], Tensor | Results], inputs: Inputs) -> Results:
         """All results of `call`, one of the forms of `torch_call`, in the case's direction."""
         if self.direction == "fb":
