@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import memory, nn, ops
+from . import memory, nn, ops, sparse
 from ._dispatch import use_backend
 from ._record import KernelRun, record
 from .accelerate import Explanation, Report, accelerate, explain
@@ -16,6 +16,7 @@ from .ops import (
     add_rms_norm,
     attention_varlen,
     attention_with_kv_cache,
+    block_sparse_linear,
     cross_entropy,
     dropout_add,
     geglu,
@@ -64,6 +65,7 @@ __all__ = [
     "add_rms_norm",
     "attention_varlen",
     "attention_with_kv_cache",
+    "block_sparse_linear",
     "cross_entropy",
     "dequantize_",
     "dropout_add",
@@ -97,6 +99,7 @@ __all__ = [
     "sigmoid",
     "silu",
     "softmax",
+    "sparse",
     "swiglu",
     "swiglu_mlp",
     "tanh",

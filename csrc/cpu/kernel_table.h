@@ -14,6 +14,7 @@ struct AttentionFwdParams;
 struct AttentionParams;
 struct Block;
 struct BlockOfRow;
+struct BlockSparseWeight;
 struct CrossEntropyBwdParams;
 struct CrossEntropyFwdParams;
 struct DropoutAddParams;
@@ -30,6 +31,7 @@ struct NormParams;
 struct RopeParams;
 struct SoftmaxBwdParams;
 struct SoftmaxParams;
+struct SparseGradients;
 struct StreamParams;
 enum class PeakKind : int32_t;
 
@@ -65,6 +67,23 @@ struct AttentionKernels {
   int64_t (*attention_bwd_scratch)(const AttentionParams& p);
   void (*attention_bwd)(const AttentionBwdParams& p, const float* k, const float* v, int64_t begin,
                         int64_t end, float* scratch);
+};
+
+struct BlockSparseKernels {
+  // Rows of a tile of the input at most, and what so many are padded to; bytes of its units.
+  int64_t (*sparse_tile_rows)(int64_t rows);
+  int64_t (*sparse_units)(int64_t depth, DType dtype);
+  // Rows [begin, end) of x, columns of blocks [c0, c1), as units of `tile_rows` rows each; all
+  // float32 where `widened`.
+  void (*sparse_pack)(const Matrix& x, int64_t K, int64_t depth, int64_t begin, int64_t end,
+                      int64_t tile_rows, int64_t c0, int64_t c1, bool widened, float* out);
+  // Rows [begin, end) of a packed tile times strips [s0, s1): those rows and columns of p.c.
+  void (*sparse_fwd)(const GemmParams& p, const BlockSparseWeight& w, const float* panel,
+                     int64_t begin, int64_t end, int64_t s0, int64_t s1);
+  // Rows [begin, end) and columns of blocks [c0, c1) of dx; blocks [b0, b1) of the gradient of the
+  // values, all of strip s.
+  void (*sparse_dx)(const SparseGradients& p, int64_t begin, int64_t end, int64_t c0, int64_t c1);
+  void (*sparse_dw)(const SparseGradients& p, int64_t s, int64_t b0, int64_t b1);
 };
 
 struct CrossEntropyKernels {
@@ -172,6 +191,7 @@ struct VectorMathKernels {
 #define FASTNN_KERNEL_PARTS(PART, isa)                \
   PART(Activation, activation, isa)                   \
   PART(Attention, attention, isa)                     \
+  PART(BlockSparse, block_sparse, isa)                \
   PART(CrossEntropy, cross_entropy, isa)              \
   PART(DropoutAdd, dropout_add, isa)                  \
   PART(Gemm, gemm, isa)                               \
@@ -189,6 +209,7 @@ struct VectorMathKernels {
 
 struct KernelTable : ActivationKernels,
                      AttentionKernels,
+                     BlockSparseKernels,
                      CrossEntropyKernels,
                      DropoutAddKernels,
                      GemmKernels,

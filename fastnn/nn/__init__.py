@@ -2,6 +2,7 @@
 
 from .activation import GELU, Hardswish, ReLU, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
+from .block_sparse import BlockSparseLinear
 from .embedding import GroupwiseEmbedding, Int4Embedding, Int8Embedding
 from .linear import Linear
 from .linear_groupwise import GroupwiseLinear, Int4Linear, Int8WeightOnlyLinear
@@ -16,6 +17,7 @@ from .softmax import LogSoftmax, Softmax
 __all__ = [
     "GELU",
     "MLP",
+    "BlockSparseLinear",
     "CrossEntropyLoss",
     "GroupwiseEmbedding",
     "GroupwiseLinear",

@@ -4,6 +4,7 @@ from .activation import geglu, gelu, hardswish, reglu, relu, relu2, sigmoid, sil
 from .attention import scaled_dot_product_attention
 from .attention_cache import attention_with_kv_cache
 from .attention_varlen import attention_varlen
+from .block_sparse import block_sparse_linear
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
 from .embedding import embedding_groupwise
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "attention_varlen",
     "attention_with_kv_cache",
+    "block_sparse_linear",
     "cross_entropy",
     "dequantize_groups",
     "dropout_add",

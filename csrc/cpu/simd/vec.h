@@ -112,14 +112,22 @@ FASTNN_INLINE Vec dot_bf16_pairs(Vec c, Vec a, Vec b) {
 #endif
 }
 
-// Pairs of bfloat16, even in the lower half, rounded to nearest even.
-FASTNN_INLINE Vec to_bf16_pairs(Vec even, Vec odd) {
+// Sixteen bfloat16 and the sixteen after them as pairs, one of each, the first in the lower half.
+FASTNN_INLINE Vec interleave_bf16(Vec both) {
 #if defined(__AVX512BF16__)
   alignas(64) static constexpr uint16_t kInterleave[32] = {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-  return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
+  return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), (__m512i)both);
+#else
+  return both;  // never called: kHasBf16Dot is false
+#endif
+}
+
+// Pairs of bfloat16, even in the lower half, rounded to nearest even.
+FASTNN_INLINE Vec to_bf16_pairs(Vec even, Vec odd) {
+#if defined(__AVX512BF16__)
+  return interleave_bf16((Vec)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
 #else
   (void)odd;
   return even;  // never called: kHasBf16Dot is false

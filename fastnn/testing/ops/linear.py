@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import nn
 from ...ops.linear import ACTIVATIONS, linear_reference
 from ...ops.linear import linear as typed_linear
-from .. import groupwise, int8
+from .. import block_sparse, groupwise, int8
 from ..cases import Case, Inputs, InvalidCall
 from ..inputs import Fill, arrange, fill
 
@@ -220,7 +220,7 @@ def _wide_cases() -> Iterator[Case]:
     )
 
 
-CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases(), *int8.CASES, *groupwise.CASES)
+CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases(), *int8.CASES, *groupwise.CASES, *block_sparse.CASES)
 
 
 def _t(*shape: int, **options: Any) -> Tensor:
@@ -397,4 +397,5 @@ INVALID: tuple[InvalidCall, ...] = (
     *_raw_packed_calls(),
     *int8.INVALID,
     *groupwise.INVALID,
+    *block_sparse.INVALID,
 )
