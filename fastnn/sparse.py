@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.block_sparse import DEPTHS, OUTPUTS, blocks_of_dense, check_blocks, dense_of_blocks, strips_of
+from .ops.block_sparse import DEPTHS, OUTPUTS, blocks_of_dense, check_blocks, dense_of_blocks, strips_of, values_empty
 
 __all__ = ["Blocks", "block_grid", "to_blocks", "to_dense"]
 
@@ -73,7 +73,8 @@ def to_blocks(weight: Tensor, mask: Tensor | None = None, *, depth: int = 4) -> 
     columns = mask.nonzero()[:, 1].int()
     starts = torch.zeros(grid[0] + 1, dtype=torch.int32, device=weight.device)
     starts[1:] = mask.sum(1).cumsum(0)
-    return Blocks(blocks_of_dense(weight, columns, starts, depth).contiguous(), columns, starts)
+    values = values_empty((len(columns), depth, OUTPUTS), weight.dtype, weight.device)
+    return Blocks(values.copy_(blocks_of_dense(weight, columns, starts, depth)), columns, starts)
 
 
 def to_dense(values: Tensor, columns: Tensor, starts: Tensor, out_features: int, in_features: int) -> Tensor:

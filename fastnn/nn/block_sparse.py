@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.block_sparse import DEPTHS, OUTPUTS, block_sparse_linear, dense_of_blocks, strips_of
+from ..ops.block_sparse import DEPTHS, OUTPUTS, block_sparse_linear, dense_of_blocks, strips_of, values_empty
 from ..ops.linear import ACTIVATIONS, Activation
 
 
@@ -62,7 +62,7 @@ class BlockSparseLinear(torch.nn.Module):
         self.in_features, self.out_features, self.depth, self.activation = in_features, out_features, depth, activation
         index = torch.arange(blocks, dtype=torch.int32, device=device)
         ends = torch.arange(strips + 1, dtype=torch.int32, device=device) * width
-        self.values = torch.nn.Parameter(torch.zeros(blocks, depth, OUTPUTS, device=device, dtype=dtype))
+        self.values = torch.nn.Parameter(values_empty((blocks, depth, OUTPUTS), dtype, device).zero_())
         self.register_buffer("columns", index % max(width, 1))
         self.register_buffer("starts", ends.clamp(max=blocks))
         zeros = torch.nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None

@@ -21,6 +21,9 @@ namespace fastnn {
 namespace {
 
 constexpr int kSparseRows = kLanes == 16 ? 24 : kLanes == 8 ? 6 : 2;
+// With few rows the values come from memory faster than the processor fetches ahead by itself.
+constexpr int kFetchedRows = 4;
+constexpr int64_t kFetchBytes = 2048;
 constexpr int64_t kSparseGroup = 96;  // columns between two runs of the epilogue
 
 // Tiles exist for so many rows; others are padded to the next.
@@ -35,19 +38,49 @@ inline int64_t sparse_units(int64_t depth, DType dtype) {
   return units;
 }
 
+// Units [u0, u1) of `rows` rows to out[u - u0][tile_rows], zeros where there are fewer rows; by
+// squares of a vector's width, turned.
+template <class Dot, class T>
+FASTNN_INLINE void sparse_pack_rows(const T* x, int64_t row_stride, int64_t rows, int64_t K,
+                                    int64_t tile_rows, int64_t u0, int64_t u1, float* out) {
+  for (int64_t u = u0; u < u1; u += kLanes, out += kLanes * tile_rows) {
+    const int64_t k = u * Dot::kPerUnit, left = K - k;
+    const int64_t count = u1 - u < kLanes ? u1 - u : kLanes;
+    for (int64_t group = 0; group < tile_rows; group += kLanes) {
+      Vec r[kLanes];
+      FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) {
+        const T* const row = x + (group + i) * row_stride + k;
+        if (group + i >= rows || left <= 0) {
+          r[i] = zero();
+        } else if (left >= kLanes * Dot::kPerUnit) {
+          r[i] = load_units<Dot>(row);
+        } else {
+          r[i] = load_units_first<Dot>(row, left);
+        }
+      }
+      transpose(r);
+      const int width = (int)(tile_rows - group < kLanes ? tile_rows - group : kLanes);
+      for (int64_t i = 0; i < count; ++i) store_some(out + i * tile_rows + group, r[i], width);
+    }
+  }
+}
+
 template <class Dot, class T>
 void sparse_pack_typed(const Matrix& x, int64_t K, int64_t depth, int64_t begin, int64_t end,
                        int64_t tile_rows, int64_t c0, int64_t c1, float* out) {
-  const int64_t first = c0 * depth, last = c1 * depth;
-  for (int64_t i = 0; i < tile_rows; ++i) {
-    float* to = out + first / Dot::kPerUnit * tile_rows + i;
-    const T* const row = static_cast<const T*>(x.data) + (begin + i) * x.row_stride;
-    const int64_t there = begin + i >= end ? first : last < K ? last : K;
-    int64_t k = first;
-    for (; k < there; k += Dot::kPerUnit, to += tile_rows) {
-      *to = gather_unit<Dot>(row + k * x.col_stride, x.col_stride, K - k);
+  const int64_t u0 = c0 * depth / Dot::kPerUnit, u1 = c1 * depth / Dot::kPerUnit;
+  const T* const data = static_cast<const T*>(x.data) + begin * x.row_stride;
+  if (x.col_stride == 1 && tile_rows > 1) {
+    return sparse_pack_rows<Dot>(data, x.row_stride, end - begin, K, tile_rows, u0, u1,
+                                 out + u0 * tile_rows);
+  }
+  for (int64_t u = u0; u < u1; ++u) {
+    const int64_t k = u * Dot::kPerUnit;
+    for (int64_t i = 0; i < tile_rows; ++i) {
+      const T* const from = data + i * x.row_stride + k * x.col_stride;
+      out[u * tile_rows + i] =
+          i < end - begin && k < K ? gather_unit<Dot>(from, x.col_stride, K - k) : 0.f;
     }
-    for (; k < last; k += Dot::kPerUnit, to += tile_rows) *to = 0.f;
   }
 }
 
@@ -125,6 +158,9 @@ __attribute__((noinline)) void sparse_tile(const SparseTile& g, float* t, int64_
             FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
               add_product<Dot>(sums[c][i][v], w, x + i * 4);
             }
+          }
+          if constexpr (MR <= kFetchedRows) {
+            __builtin_prefetch(reinterpret_cast<const char*>(values) + kFetchBytes);
           }
           values += kStrip * Dot::kPerUnit;
           x += MR * 4;
