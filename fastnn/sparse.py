@@ -32,9 +32,7 @@ def _check_dense(op: str, weight: Tensor, depth: int) -> None:
 def block_grid(out_features: int, in_features: int, depth: int = 4) -> tuple[int, int]:
     """How many blocks a weight has from top to bottom and from left to right: the shape of a mask of blocks."""
     if depth not in DEPTHS:
-        raise ValueError(
-            f"fastnn.sparse.block_grid: depth must be one of {', '.join(map(str, DEPTHS))}; got {depth!r}"
-        )
+        raise ValueError(f"fastnn.sparse.block_grid: depth must be one of {', '.join(map(str, DEPTHS))}; got {depth!r}")
     return strips_of(out_features), (in_features + depth - 1) // depth
 
 

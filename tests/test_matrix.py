@@ -27,6 +27,7 @@ OPS_DEF = Path(__file__).resolve().parent.parent / "csrc/ops.def"
 PUBLIC = {
     "activation": ("gelu", "swiglu"),
     "attention": ("scaled_dot_product_attention", "attention_varlen"),
+    "linear": ("linear", "block_sparse_linear"),
     "mlp": ("mlp", "swiglu_mlp"),
     "norm": ("add_layer_norm",),
 }
@@ -34,6 +35,7 @@ PUBLIC = {
 PLAIN = {
     "attention": {"attn_mask", "cu_seqlens_q", "cu_seqlens_k"},
     "cross_entropy": {"target", "weight"},
+    "linear": {"columns", "starts"},
     "linear_cross_entropy": {"target", "weight"},
     "masked_softmax": {"mask"},
     "rope": {"cos", "sin", "positions"},

@@ -13,6 +13,7 @@ from fastnn import _extension, testing
 from fastnn.ops import activation as activations
 from fastnn.ops import quantize_groups
 from fastnn.ops.linear import ACTIVATION_CODE, ACTIVATIONS
+from fastnn.sparse import to_blocks
 from fastnn.testing import assert_within_budget, cases, op_names, policy, same_bits
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -26,6 +27,8 @@ RAW = (
     "attention_fwd",
     "attention_varlen_bwd",
     "attention_varlen_fwd",
+    "block_sparse_bwd",
+    "block_sparse_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
     "dropout_add_bwd",
@@ -91,6 +94,7 @@ def samples(dtype=torch.float32):
     yield "linear_packed_fwd", (deep, packed, None, 7, 2)
     yield from int8_samples(x, deep, strided, b)
     yield from groupwise_samples(x, deep, strided, b)
+    yield from block_sparse_samples(x, deep, strided, g, pre, b)
     yield from cross_entropy_samples(x, strided)
     yield from attention_samples(dtype)
     yield from sequence_samples(dtype)
@@ -131,6 +135,18 @@ def groupwise_samples(x, deep, strided, bias):
             yield "linear_groupwise_fwd", (values, packed, bias, 7, 5, bits, offsets, bits == 4, 2)
         yield "linear_groupwise_fwd", (x, packed, bias.float(), 7, 5, bits, offsets, False, 0)
         yield "linear_groupwise_fwd", (strided[:2], packed, None, 7, 5, bits, offsets, False, 1)
+
+
+def block_sparse_samples(x, deep, strided, grad, pre, bias):
+    parts = to_blocks(tensor(7, 12, dtype=x.dtype, seed=1), torch.tensor([[True, False, True]]))
+    for activation in (0, 1, 2):
+        yield "block_sparse_fwd", (x, *parts, bias, 7, activation, activation == 2)
+        yield "block_sparse_fwd", (strided, *parts, None, 7, activation, True)
+        yield "block_sparse_fwd", (deep, *parts, bias, 7, activation, False)
+        yield "block_sparse_bwd", (grad, x, *parts, pre, activation, [5, 12], [True, True, True])
+        apart = grad.t().contiguous().t()
+        yield "block_sparse_bwd", (apart, x, *parts, pre, activation, [5, 12], [False, True, False])
+        yield "block_sparse_bwd", (grad, None, *parts, pre, activation, [5, 12], [True, False, True])
 
 
 def cross_entropy_samples(x, strided):

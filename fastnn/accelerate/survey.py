@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from .. import _dispatch, _extension
 from ..nn import (
+    BlockSparseLinear,
     CrossEntropyLoss,
     Int4Linear,
     Int8Linear,
@@ -42,7 +43,14 @@ _SWAPPED: dict[type[Module], tuple[type[Module], str]] = {
     nn.RMSNorm: (RMSNorm, "norm"),
 }
 """Layers that only change their class, and the op that runs them."""
-FASTNN = (Linear, Int4Linear, Int8Linear, Int8WeightOnlyLinear, *(ours for ours, _ in _SWAPPED.values()))
+FASTNN = (
+    Linear,
+    BlockSparseLinear,
+    Int4Linear,
+    Int8Linear,
+    Int8WeightOnlyLinear,
+    *(ours for ours, _ in _SWAPPED.values()),
+)
 """The classes that run on fastnn's kernels."""
 
 
@@ -125,6 +133,9 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
     if isinstance(module, QuantizedLinear):
         backend, reason = backend_for(module.op, module.weight.device, sample.dtype)
         return Finding(name, module, was, module.op, backend, reason=reason or "is fastnn's already")
+    if isinstance(module, BlockSparseLinear):
+        backend, reason = backend_for("block_sparse", module.values.device, module.values.dtype)
+        return Finding(name, module, was, "block_sparse", backend, reason=reason or "is fastnn's already")
     if is_conv1d(module):
         return _conv1d(Finding(name, module, was, "linear"), freeze)
     for theirs, (_, op) in _SWAPPED.items():

@@ -147,6 +147,27 @@ class TorchQuantized(Special):
 
 
 @register
+class TorchCsr(Special):
+    """torch's sparse product with compressed rows."""
+
+    name, native, frozen = "torch.csr", True, True
+
+
+@register
+class TorchBsr(Special):
+    """torch's sparse product with square blocks."""
+
+    name, native, frozen = "torch.bsr", True, True
+
+
+@register
+class Scipy(Special):
+    """scipy's sparse product with compressed rows; on one thread, whatever is allowed."""
+
+    name, packages, install, frozen = "scipy", ("scipy",), "pip install scipy", True
+
+
+@register
 class TorchAo(Special):
     """torchao, for quantised rows."""
 

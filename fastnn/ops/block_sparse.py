@@ -186,9 +186,7 @@ def _run(
     return found
 
 
-def check_blocks(
-    op: str, values: Tensor, columns: Tensor, starts: Tensor, out_features: int, in_features: int
-) -> None:
+def check_blocks(op: str, values: Tensor, columns: Tensor, starts: Tensor, out_features: int, in_features: int) -> None:
     """TypeError, ValueError or IndexError, in the name of `op`, unless these are the blocks of such a weight."""
     if type(out_features) is not int or out_features < 0:
         raise ValueError(f"{op}: out_features must be an int that is not negative, got {out_features!r}")

@@ -41,6 +41,7 @@ class _Shape:
         grid = block_grid(self.n, self.k, self.depth)
         mask = torch.rand(grid, generator=generator) < self.density
         mask[1:2] = False  # a strip without blocks
+        mask[:1] |= self.density > 0  # and a full one
         values, columns, starts = to_blocks(weight.to(dtype), mask, depth=self.depth)
         x = arrange(fill((*self.lead, self.k), dtype, generator, self.kind), self.input_memory)
         found = {"input": x, "values": arrange(values, self.values_memory), "columns": columns, "starts": starts}
@@ -122,10 +123,10 @@ def _matrix_cases() -> Iterator[Case]:
 
 
 def _wide_cases() -> Iterator[Case]:
-    for m in (2, 4, 6, 8, 12, 16, 20, 24, 49, 130):
+    for m in (2, 6, 8, 12, 19, 24, 130):
         depth = (2, 4, 8, 16)[m % 4]
         yield _case(f"wide_m{m}", "tail", _Shape((m,), 70, 50, depth), wide=True)
-    for depth in (2, 4, 8, 16):  # sums that are cut: of a strip, of a column, of rows
+    for depth in (2, 16):  # sums that are cut: of a strip, of a column, of rows
         yield _case(f"wide_long{depth}", "tail", _Shape((3,), 1500, 50, depth, 0.9), wide=True)
     yield _case("wide_tall", "tail", _Shape((3,), 6, 3300, 2, 1.0), "silu", wide=True)
     yield _case("wide_columns", "tail", _Shape((20,), 65, 1001, 4, 0.2), wide=True, call=_call_layer)

@@ -15,6 +15,7 @@ from faults_mlp import MLP_FAULTS
 from faults_products import BINDING_FAULTS, KERNEL_FAULTS, PYTHON_FAULTS
 from faults_rows import ACTIVATION_FAULTS, DROPOUT_FAULTS, MASKED_FAULTS, NORM_FAULTS, ROPE_FAULTS
 from faults_sequences import SEQUENCE_FAULTS
+from faults_sparse import SPARSE_FAULTS
 
 FAULTS = [
     *KERNEL_FAULTS,
@@ -32,4 +33,5 @@ FAULTS = [
     *MLP_FAULTS,
     *GROUPWISE_FAULTS,
     *INT8_FAULTS,
+    *SPARSE_FAULTS,
 ]
