@@ -57,8 +57,8 @@ BlockSparseWeight checked_weight(const Tensor& values, const Tensor& columns, co
     for (int32_t b = first + 1; b < last; ++b) rises &= w.columns[b - 1] < w.columns[b];
     FASTNN_CHECK(rises, ValueError, "fastnn::", op,
                  ": columns must rise within a strip of outputs; those of strip ", s, " do not");
-    FASTNN_CHECK(first == last || (w.columns[first] >= 0 && w.columns[last - 1] < limit), IndexError,
-                 "fastnn::", op, ": columns of strip ", s, " must be in [0, ", limit,
+    FASTNN_CHECK(first == last || (w.columns[first] >= 0 && w.columns[last - 1] < limit),
+                 IndexError, "fastnn::", op, ": columns of strip ", s, " must be in [0, ", limit,
                  "), the blocks of ", K, " input features; got ", w.columns[first], " to ",
                  w.columns[last - 1]);
   }

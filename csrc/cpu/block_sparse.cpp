@@ -18,8 +18,8 @@ constexpr int64_t kSerialOperations = int64_t{2} << 20;  // as in cpu/linear.cpp
 // once however many threads split the strips.
 constexpr int64_t kPanelBytes = int64_t{8} << 20;
 constexpr int64_t kPackColumns = 1024;  // of a tile, packed by one task
-constexpr int64_t kDxRows = 32;  // rows of dz that stay in L2 while blocks of columns go by
-constexpr int64_t kLine = 16;    // floats: rows a multiple of 4 KiB apart share one set of L1
+constexpr int64_t kDxRows = 32;         // rows of dz that stay in L2 while blocks of columns go by
+constexpr int64_t kLine = 16;  // floats: rows a multiple of 4 KiB apart share one set of L1
 
 struct Shape {
   int64_t strips, columns, blocks;  // of 16 outputs, of `depth` columns, stored

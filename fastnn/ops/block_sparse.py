@@ -75,9 +75,9 @@ def strips_of(out_features: int) -> int:
     return (out_features + OUTPUTS - 1) // OUTPUTS
 
 
-def values_empty(shape: tuple[int, int, int], dtype: torch.dtype | None, device: object) -> Tensor:
+def values_empty(shape: tuple[int, int, int], dtype: torch.dtype | None, device: Any) -> Tensor:
     """Memory for values: on huge pages on the CPU, which few rows are read 1.5 times as fast from."""
-    found = torch.empty(shape, dtype=dtype, device=device)  # type: ignore[arg-type]
+    found = torch.empty(shape, dtype=dtype, device=device)
     if _extension._C is None or found.device.type != "cpu" or found.numel() == 0 or _dispatch.transformed():
         return found
     if torch.compiler.is_compiling() or type(found) is not Tensor:
@@ -102,7 +102,7 @@ def dense_of_blocks(values: Tensor, columns: Tensor, starts: Tensor, out_feature
 
 
 def blocks_of_dense(dense: Tensor, columns: Tensor, starts: Tensor, depth: int) -> Tensor:
-    """The values (blocks, depth, 16) that a weight has where blocks are; what lies beyond it is zero. Differentiable."""
+    """The values (blocks, depth, 16) of a weight where blocks are; what lies beyond it is zero. Differentiable."""
     n, k = dense.shape
     strips, width = strips_of(n), (k + depth - 1) // depth
     padded = F.pad(dense, (0, width * depth - k, 0, strips * OUTPUTS - n))
@@ -193,7 +193,7 @@ def check_blocks(op: str, values: Tensor, columns: Tensor, starts: Tensor, out_f
     if values.dim() != 3 or values.shape[1] not in DEPTHS or values.shape[2] != OUTPUTS:
         known = ", ".join(map(str, DEPTHS))
         raise ValueError(
-            f"{op}: values must have shape (blocks, depth, {OUTPUTS}) with a depth of {known}; got {tuple(values.shape)}"
+            f"{op}: values must have shape (blocks, depth, {OUTPUTS}), depth one of {known}; got {tuple(values.shape)}"
         )
     wanted = {"columns": values.shape[0], "starts": strips_of(out_features) + 1}
     for name, tensor in (("columns", columns), ("starts", starts)):
@@ -306,5 +306,5 @@ def block_sparse_linear(
     ):
         values = values.contiguous()
         found = BlockSparseLinearFunction.apply(input, values, bias, columns, starts, out_features, activation)  # type: ignore[no-untyped-call]
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
     return _run(input, values, columns, starts, bias, out_features, activation, False)[0]

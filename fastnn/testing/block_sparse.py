@@ -86,13 +86,14 @@ def _case(
     activation: str | None = None,
     *,
     call: Callable[[_Shape, str | None, Inputs], Tensor] = _call,
+    make: Callable[[torch.dtype, torch.Generator], Inputs] | None = None,
     wide: bool = False,
 ) -> Case:
     return Case(
         op="linear",
         name=f"block_sparse_{name}",
         layout=layout,
-        make=shape.make,
+        make=make or shape.make,
         call=partial(call, shape, activation),
         reference=partial(_reference, shape, activation),
         forward_kernel="block_sparse_fwd",
@@ -103,11 +104,21 @@ def _case(
     )
 
 
+def _specials(shape: _Shape, dtype: torch.dtype, generator: torch.Generator) -> Inputs:
+    """Rows with NaN and with infinities, where every block is kept: what is not kept takes no part (the op's page)."""
+    inputs = shape.make(dtype, generator)
+    x = inputs["input"]
+    x[0, 3], x[1, 4], x[2, 39] = float("nan"), float("inf"), float("-inf")
+    return inputs
+
+
 def _matrix_cases() -> Iterator[Case]:
     form = _Shape()
     yield _case("plain", "contiguous", form)
     yield _case("layer", "one_row", replace(form, lead=(1,), k=129, n=65), "gelu", call=_call_layer)
     yield _case("outliers", "large_magnitude", replace(form, kind="outliers", depth=8))
+    every = replace(form, n=16, density=1.0)
+    yield _case("specials", "nonfinite", every, make=partial(_specials, every))
     for memory, layout in (("strided", "strided"), ("expanded", "expanded"), ("offset", "offset")):
         yield _case(f"input_{memory}", layout, replace(form, input_memory=memory, bias_memory=memory))
     yield _case("rows_apart", "padded_rows", replace(form, input_memory="padded_rows"))

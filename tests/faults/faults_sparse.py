@@ -84,8 +84,8 @@ SPARSE_FAULTS = [
     Fault(
         "block sparse: a block's outputs and columns change places",
         OP,
-        "grid = padded.reshape(strips, OUTPUTS, width, depth).permute(0, 2, 3, 1)",
-        "grid = padded.reshape(strips, OUTPUTS, width, depth).permute(0, 2, 1, 3).reshape(strips, width, depth, OUTPUTS)",
+        ".permute(0, 2, 3, 1)\n",
+        ".permute(0, 2, 1, 3).reshape(strips, width, depth, OUTPUTS)\n",
         (f"{TESTS}::test_where_a_value_lies",),
     ),
 ]

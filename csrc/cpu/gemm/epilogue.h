@@ -1,4 +1,5 @@
-// What happens to finished sums: scales, bias, activation, gate, addend and the rounding, in one pass.
+// What happens to finished sums: scales, bias, activation, gate, addend and the rounding, in one
+// pass.
 #pragma once
 #include "cpu/gemm/params.h"
 #include "cpu/simd/activation.h"

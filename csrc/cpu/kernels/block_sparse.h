@@ -89,8 +89,8 @@ void sparse_pack(const Matrix& x, int64_t K, int64_t depth, int64_t begin, int64
   with_dot(x.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);
     using T = decltype(type);
-    (widened ? sparse_pack_typed<DotF32, T>
-             : sparse_pack_typed<Dot, T>)(x, K, depth, begin, end, tile_rows, c0, c1, out);
+    (widened ? sparse_pack_typed<DotF32, T> : sparse_pack_typed<Dot, T>)(x, K, depth, begin, end,
+                                                                         tile_rows, c0, c1, out);
   });
 }
 
@@ -223,8 +223,7 @@ void sparse_fwd(const GemmParams& p, const BlockSparseWeight& w, const float* pa
   alignas(64) float t[kSparseRows * kSparseGroup];
   with_dot(w.dtype, [&](auto dot, auto type) {
     using T = decltype(type);
-    const SparseTileFunction tile =
-        sparse_tile_of<decltype(dot), T>(sparse_tile_rows(end - begin));
+    const SparseTileFunction tile = sparse_tile_of<decltype(dot), T>(sparse_tile_rows(end - begin));
     constexpr int64_t kStrips = kSparseGroup / kStrip;
     for (int64_t s = s0; s < s1; s += kStrips) {
       const int64_t after = s + kStrips < s1 ? s + kStrips : s1;

@@ -6,8 +6,10 @@ layer whose pattern stays, so its weight is made dense from the values that trai
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,9 +104,9 @@ def _torch_sparse(layout: str, inputs: Inputs, threads: int) -> Callable[[], Res
 
 
 def _scipy(inputs: Inputs, threads: int) -> Callable[[], Results]:
-    import scipy.sparse
+    scipy_sparse = importlib.import_module("scipy.sparse")  # no stubs
 
-    rows = scipy.sparse.csr_matrix(inputs["weight"].numpy())
+    rows = scipy_sparse.csr_matrix(inputs["weight"].numpy())
     turned, bias = inputs["input"].numpy().T.copy(), inputs["bias"].numpy()[:, None]
     return lambda: (torch.from_numpy((rows @ turned + bias).T),)
 
@@ -123,7 +125,7 @@ def _work(shape: Shape, sparsity: int, dtype: str, direction: Direction) -> Work
 def _case(
     shape: Shape, sparsity: int, dtype: str, direction: Direction, bar: Bar | None = None, sweep: bool = False
 ) -> BenchCase:
-    special = {}
+    special: dict[str, Any] = {}
     if direction == "fwd" and dtype == "fp32":  # theirs of bfloat16 are slower than dense ones, or missing
         special = {"torch.csr": partial(_torch_sparse, "csr"), "torch.bsr": partial(_torch_sparse, "bsr")}
         special["scipy"] = _scipy
