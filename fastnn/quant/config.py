@@ -8,6 +8,9 @@ from typing import Any
 
 from torch.nn import Module
 
+from .gptq import Gptq
+from .smooth import SmoothQuant
+
 
 @dataclass(frozen=True)
 class Config:
@@ -18,6 +21,14 @@ class Config:
         return {"config": type(self).__name__, **asdict(self)}
 
 
+def _check_method(config: Config, name: str, kind: type) -> None:
+    method = getattr(config, name)
+    if method is not None and type(method) is not kind:
+        raise TypeError(
+            f"fastnn.{type(config).__name__}: {name} must be a fastnn.{kind.__name__} or None, got {method!r}"
+        )
+
+
 @dataclass(frozen=True)
 class Int8Dynamic(Config):
     """Weights as int8 codes, a scale for each output; inputs rounded to int8 on the way, a scale for each row.
@@ -26,10 +37,17 @@ class Int8Dynamic(Config):
     (`fastnn.linear_int8`).
     """
 
+    smooth: SmoothQuant | None = None
+    """Whether the spread of activations moves into the weights first; needs a calibration."""
 
-def _check_group_size(config: Config, group_size: object) -> None:
+    def __post_init__(self) -> None:
+        _check_method(self, "smooth", SmoothQuant)
+
+
+def _check_groups(config: Config, group_size: object) -> None:
     if type(group_size) is not int or group_size < 1:
         raise ValueError(f"fastnn.{type(config).__name__}: group_size must be a positive int, got {group_size!r}")
+    _check_method(config, "rounding", Gptq)
 
 
 @dataclass(frozen=True)
@@ -41,9 +59,11 @@ class Int8WeightOnly(Config):
 
     group_size: int = 128
     """Columns that share a scale; the last group of a row may be shorter."""
+    rounding: Gptq | None = None
+    """How dense layers' codes are chosen: to nearest, or by a calibration. Embeddings are rounded to nearest."""
 
     def __post_init__(self) -> None:
-        _check_group_size(self, self.group_size)
+        _check_groups(self, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -57,9 +77,11 @@ class Int4WeightOnly(Config):
     """Columns that share a scale; the last group of a row may be shorter."""
     symmetric: bool = True
     """weight = scale * (code - 8); else each group has an offset, too: weight = scale * code + offset."""
+    rounding: Gptq | None = None
+    """How dense layers' codes are chosen: to nearest, or by a calibration. Embeddings are rounded to nearest."""
 
     def __post_init__(self) -> None:
-        _check_group_size(self, self.group_size)
+        _check_groups(self, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -73,9 +95,11 @@ class Int4Int8Dynamic(Config):
     """Columns that share a scale; the last group of a row may be shorter."""
     symmetric: bool = True
     """As `Int4WeightOnly`'s."""
+    rounding: Gptq | None = None
+    """As `Int4WeightOnly`'s."""
 
     def __post_init__(self) -> None:
-        _check_group_size(self, self.group_size)
+        _check_groups(self, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,8 @@ class Recipe:
     """Why a layer cannot be quantised, in words; empty where it can."""
     quantized: Callable[[Module], Module]
     """A quantised layer that does what the given one does; the given one stays as it is."""
+    method: Gptq | SmoothQuant | None = None
+    """What decides on a dense layer by a calibration."""
 
 
 RECIPES: dict[type[Config], Callable[[Config], Recipe]] = {}
