@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch.nn import Module
@@ -12,13 +12,17 @@ from .gptq import Gptq
 from .smooth import SmoothQuant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """Base of the configurations."""
 
     def to_json(self) -> dict[str, Any]:
-        """Name and fields, for a file's header."""
-        return {"config": type(self).__name__, **asdict(self)}
+        """Name and fields, without those that are None, for a file's header."""
+        return {"config": type(self).__name__, **{k: v for k, v in asdict(self).items() if v is not None}}
+
+    def __repr__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
 
 
 def _check_method(config: Config, name: str, kind: type) -> None:
@@ -29,7 +33,7 @@ def _check_method(config: Config, name: str, kind: type) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int8Dynamic(Config):
     """Weights as int8 codes, a scale for each output; inputs rounded to int8 on the way, a scale for each row.
 
@@ -50,7 +54,7 @@ def _check_groups(config: Config, group_size: object) -> None:
     _check_method(config, "rounding", Gptq)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int8WeightOnly(Config):
     """Weights as int8 codes that share a float16 scale in groups along a row; inputs keep their precision.
 
@@ -66,7 +70,7 @@ class Int8WeightOnly(Config):
         _check_groups(self, self.group_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int4WeightOnly(Config):
     """Weights as codes of 4 bits that share a float16 scale in groups along a row; inputs keep their precision.
 
@@ -84,7 +88,7 @@ class Int4WeightOnly(Config):
         _check_groups(self, self.group_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int4Int8Dynamic(Config):
     """Weights as `Int4WeightOnly`'s, inputs rounded to int8 on the way, a scale for each row.
 

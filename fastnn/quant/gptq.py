@@ -59,7 +59,7 @@ class Rounded:
 
 def output_error(weight: Tensor, found: Tensor, gram: Tensor) -> float:
     """|X (W - W')^T| / |X W^T| (Frobenius), of the rows X whose X^T X is `gram`; 0 where both are."""
-    off = (weight - found).double()
+    gram, off = gram.double(), (weight - found).double()
     lost, whole = ((w @ gram * w).sum().clamp_min(0).sqrt() for w in (off, weight.double()))
     return float(lost / whole) if float(whole) else 0.0
 
