@@ -297,9 +297,32 @@ def test_explain_and_accelerate_know_the_layers(net):
     assert net.body[0].packed._packed is packed, "running it aside does not cost the packed copy"
     report = fastnn.accelerate(net, example_inputs=IDS)
     assert next(e.reason for e in report.entries if e.name == "body.2") == "is fastnn's already"
+    assert (
+        next(e.became for e in report.entries if e.name == "body.0") == "fastnn.Int8Linear + gelu" and report.verified
+    )
     assert type(net.body[0]) is type(net.body[2]) is Int8Linear
     report.restore()
     assert same_bits(net(IDS).detach(), expected)
+
+
+@pytest.mark.parametrize("config", (INT8, fastnn.Int4Int8Dynamic(8)), ids=str)
+def test_activations_stay_fused_in_either_order(extension, config):
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU()).eval()
+    x, plain = randn(5, 16), copy.deepcopy(model)
+    fastnn.quantize_(plain, config)
+    with torch.no_grad():
+        expected = plain(x)
+        fastnn.accelerate(plain)
+        fastnn.accelerate(model, example_inputs=x, freeze=True)
+        fastnn.quantize_(model, config)
+        for each in (plain, model):
+            with fastnn.record() as runs:
+                found = each(x)
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6) and not torch.equal(found, each[0](x))
+            assert sum("fwd" in run.kernel for run in runs) == 1, "no kernel of the activation's own"
+    handle = model[0].register_forward_hook(lambda module, args, output: output * 0)
+    assert not model(x).any(), "hooks run, so the layer runs by itself"
+    handle.remove()
 
 
 # ---- codes in groups
