@@ -190,6 +190,17 @@ def contenders(
         yield "torchao int8", calls(torchao(model))
 
 
+def in_turns(ready: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call."""
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, call in ready.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
 @torch.no_grad()
 def speed(base: encoder.Encoder, threads: int, rounds: int) -> None:
     torch.set_num_threads(threads)
@@ -199,12 +210,7 @@ def speed(base: encoder.Encoder, threads: int, rounds: int) -> None:
         ready = dict(contenders(base.model, tokens, threads, Path(folder)))
     truth = base.model(**tokens).last_hidden_state
     errors = {name: float((torch.as_tensor(call()) - truth).norm() / truth.norm()) for name, call in ready.items()}
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(rounds):
-        for name, call in ready.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
+    times = in_turns(ready, rounds)
     middle = {name: statistics.median(found) for name, found in times.items()}
     mine, best = "fastnn int8", min((t, n) for n, t in middle.items() if "int8" in n and not n.startswith("fastnn"))
     say(f"8 x 128 tokens, {threads} threads, {rounds} rounds in turns; error: of the last states, relative")

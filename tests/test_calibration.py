@@ -68,7 +68,7 @@ def test_blocks_of_columns_do_not_change_the_result():
 
 def test_the_last_column_takes_what_is_best_for_it():
     """The definition, for two columns: the second makes up for the first's error as least squares would have it."""
-    weight, x = torch.tensor([[0.9, -7.0]]), randn(50, 2) @ torch.tensor([[3.0, 2.0], [0.0, 0.5]])
+    weight, x = torch.tensor([[0.4, -7.0]]), randn(50, 2) @ torch.tensor([[3.0, 2.0], [0.0, 0.5]])
     gram = x.t() @ x
     done = gptq(weight, gram, 2, 4, True, fastnn.Gptq(activation_order=False, damping=1e-9))
     step = done.parts[1].float().item()

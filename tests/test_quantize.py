@@ -325,6 +325,30 @@ def test_activations_stay_fused_in_either_order(extension, config):
     handle.remove()
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_torchs_encoder_layer_runs_its_codes(extension, tmp_path):
+    """Without gradients torch's fast path would read the codes as weights."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()
+
+    model, x = make(), randn(2, 5, 16)
+    with torch.no_grad():
+        floats = model(x)
+        fastnn.quantize_(model, INT8)
+        found = model(x)
+        assert 0 < (found - floats).norm() < 0.05 * floats.norm()
+        fastnn.save(model, tmp_path / "encoder.safetensors")
+        assert same_bits(fastnn.load(tmp_path / "encoder.safetensors", make())(x), found)
+        config = fastnn.Int4WeightOnly(8, rounding=fastnn.Gptq())
+        report = fastnn.quantize_(other := make(), config, calibration=[x])
+        assert "along layers (2)" in report.calibration and (other(x) - floats).norm() < 0.2 * floats.norm()
+    fastnn.dequantize_(model)
+    assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 1]
+    assert sorted(vars(model.layers[0])) == sorted(vars(make().layers[0]))
+
+
 # ---- codes in groups
 
 

@@ -21,6 +21,7 @@ from ..nn.linear_groupwise import GroupwiseLinear
 from . import smooth
 from .chain import Chain, carried, lists_of_blocks, run
 from .checkpoint import Folder, digest
+from .encoder import mind_fast_path
 from .fold import Change, agree
 from .gptq import Gptq, gptq
 from .linear import float_weight
@@ -292,6 +293,7 @@ def _swap(root: Module, instead: Mapping[Module, Module]) -> None:
         for name, child in module._modules.items():
             if child is not None and child in instead:
                 module._modules[name] = instead[child]
+    mind_fast_path(root)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .. import nn
 from ..accelerate.isolate import check_model
 from .calibration import Calibration, Outcome, Target, calibrate
 from .config import Recipe, recipes_of
+from .encoder import mind_fast_path
 from .linear import is_conv1d  # and registers its recipes
 from .measure import Times, compare, first_inputs
 from .report import Entry, Report
@@ -133,6 +134,7 @@ def quantize_(
     for layer in chosen:
         if layer.made is not None and not layer.reason:
             become(layer.module, layer.made)
+    mind_fast_path(model)
     return Report(entries, text, "" if found is None else found.text)
 
 
@@ -335,6 +337,7 @@ def dequantize_(model: Module) -> tuple[str, ...]:
             weight = layer.dequantized(origin.dtype)
             shared[key] = torch.nn.Parameter(weight.t().contiguous() if transposed else weight, origin.requires_grad)
         _revert(layer, origin, shared[key])
+    mind_fast_path(model)
     return tuple(name for name, _ in found)
 
 
