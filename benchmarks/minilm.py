@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 quantised: what it costs in accuracy and size, and what it gains in speed.
 
-    FASTNN_DATA=... python benchmarks/minilm.py [accuracy] [speed] [--threads 1] [--rounds 9] [--check]
+    FASTNN_DATA=... python benchmarks/minilm.py [accuracy | speed] [--threads 1] [--rounds 9] [--check]
 
 accuracy: Spearman's correlation of cosine similarities with the scores of STS benchmark's development sets (English,
 and machine-translated to Chinese), and the size of the file that `fastnn.save` writes. GPTQ is calibrated on the
@@ -223,16 +223,16 @@ def speed(base: encoder.Encoder, threads: int, rounds: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=["accuracy", "speed", []], default=["accuracy", "speed"])
+    parser.add_argument("what", nargs="?", choices=["accuracy", "speed", "both"], default="both")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base, kept = encoder.load(), True
-    if "accuracy" in options.what:
+    if options.what != "speed":
         kept = accuracy(base)
-    if "speed" in options.what:
+    if options.what != "accuracy":
         speed(base, options.threads, options.rounds)
     return 0 if kept or not options.check else 1
 

@@ -182,17 +182,26 @@ def test_every_layer_is_decided_on_and_named(net):
     assert lost < most
 
 
-def test_what_a_block_sees_has_the_blocks_before_it_quantised(net):
-    """The codes of a later block are those of GPTQ on the quantised model's own inputs there."""
-    weights = {name: m.weight.detach().clone() for name, m in net.named_modules() if isinstance(m, nn.Linear)}
-    fastnn.quantize_(net, GPTQ4, calibration=SAMPLES)
-    for name, gathered in (("blocks.0.up", []), ("blocks.2.up", []), ("head", [])):
-        layer = net.get_submodule(name)
-        with layer.register_forward_pre_hook(lambda _, args, to=gathered: to.append(args[0].detach().reshape(-1, 16))):
-            for sample in SAMPLES:
-                net(sample)
-        gram = sum(x.t() @ x for x in gathered)
-        assert torch.equal(gptq(weights[name], gram, 8, 4, True, fastnn.Gptq()).parts[0], layer.weight), name
+def inputs_of(model, name):
+    """All rows that a layer gets from the samples."""
+    gathered = []
+    with model.get_submodule(name).register_forward_pre_hook(lambda _, args: gathered.append(args[0].detach())):
+        for sample in SAMPLES:
+            model(sample)
+    return [x.reshape(-1, x.shape[-1]) for x in gathered]
+
+
+@pytest.mark.parametrize("blocks", (None, ""), ids=("by block", "at once"))
+def test_what_a_layer_is_decided_on(net, blocks):
+    """GPTQ on the layer's own inputs: those in the quantised model, or in one where all but the embedding is floating."""
+    floats = copy.deepcopy(net)
+    fastnn.quantize_(floats, fastnn.Int4WeightOnly(8), include="embed")
+    fastnn.quantize_(net, GPTQ4, calibration=fastnn.Calibration(SAMPLES, blocks))
+    for name in ("blocks.0.up", "blocks.2.up", "head"):
+        gram = sum(x.t() @ x for x in inputs_of(net if blocks is None else floats, name))
+        weight = floats.get_submodule(name).weight
+        wanted = gptq(weight, gram, 8, 4, True, fastnn.Gptq())
+        assert torch.equal(wanted.parts[0], net.get_submodule(name).weight), name
 
 
 @pytest.mark.parametrize(
