@@ -193,7 +193,7 @@ def inputs_of(model, name):
 
 @pytest.mark.parametrize("blocks", (None, ""), ids=("by block", "at once"))
 def test_what_a_layer_is_decided_on(net, blocks):
-    """GPTQ on the layer's own inputs: those in the quantised model, or in one where all but the embedding is floating."""
+    """GPTQ on the layer's own inputs: in the quantised model, or in one where all but the embedding is floating."""
     floats = copy.deepcopy(net)
     fastnn.quantize_(floats, fastnn.Int4WeightOnly(8), include="embed")
     fastnn.quantize_(net, GPTQ4, calibration=fastnn.Calibration(SAMPLES, blocks))
