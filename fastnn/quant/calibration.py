@@ -106,7 +106,8 @@ def calibrate(
         raise ValueError("fastnn.quantize_: calibration has no inputs")
     with isolated(model), torch.no_grad(), _progress(calibration.progress) as bar:
         for module in model.modules():
-            vars(module)["training"] = False
+            if not isinstance(module, torch.jit.ScriptModule):
+                vars(module)["training"] = False
         _swap(model, ready)
         return _Walk(model, list(targets), samples, calibration, config).go(bar)
 
@@ -156,9 +157,8 @@ class _Walk:
         reason = "" if wanted == "" else "it has no list of blocks with most of the layers"
         for path, blocks in lists_of_blocks(self.model, modules):
             inside = {module for block in blocks for module in block.modules()}
-            if wanted == "" or (
-                path != wanted if wanted is not None else 2 * len(inside & set(modules)) < len(modules)
-            ):
+            most = 2 * len(inside & set(modules)) >= len(modules)
+            if wanted == "" or not (most if wanted is None else path == wanted):
                 continue
             chain, reason = Chain(blocks), ""
             for sample in self.samples:

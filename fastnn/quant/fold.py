@@ -43,7 +43,7 @@ class Change:
             for name in ("weight", "bias"):
                 held = self.norm._parameters.get(name)
                 if held is not None:
-                    held.copy_((held.float() / self.scale).to(held.dtype))
+                    held.copy_((held.float() * (1 / self.scale)).to(held.dtype))
 
     def undo(self) -> None:
         """The old parameters again."""
