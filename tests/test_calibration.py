@@ -378,6 +378,14 @@ def test_smoothing_leaves_the_function_and_betters_the_rounding(extension, norm)
     assert lost < 0.9 * most
 
 
+def test_what_has_a_vector_is_no_norm_by_that(extension):
+    """PReLU, with one slope or as many as there are columns: scaling these is no scaling of what it gives."""
+    for slopes in (1, 16):
+        model = nn.Sequential(nn.PReLU(slopes), nn.Linear(16, 16)).eval()
+        report = fastnn.quantize_(model, SMOOTH, calibration=[randn(20, 16)])
+        assert report.entries[0].reason.startswith("not smoothed") and model[0].weight.tolist() == [0.25] * slopes
+
+
 def test_a_norm_that_others_use_is_left_alone(extension):
     class Post(nn.Module):
         """The norm's output is also what the next sum takes, as in BERT."""

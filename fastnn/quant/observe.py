@@ -58,7 +58,8 @@ class Watch:
             self._last = None
 
     def _note(self, norm: Module, args: object, output: Any) -> None:
-        if isinstance(output, Tensor):
+        weight = norm._parameters["weight"]
+        if isinstance(output, Tensor) and weight is not None and output.shape[-1:] == weight.shape:
             self._outputs[norm] = output  # kept alive: nothing else can come to lie where it is
 
     def _look(self, layer: Module, args: tuple[Any, ...]) -> None:
