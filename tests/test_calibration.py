@@ -303,6 +303,14 @@ def test_calibration_leaves_the_rest_of_the_model_as_it_was(net):
     net(SAMPLES[0]).sum().backward()
 
 
+def test_inference_mode_changes_nothing(net):
+    other = copy.deepcopy(net)
+    fastnn.quantize_(net, GPTQ4, calibration=SAMPLES)
+    with torch.inference_mode():
+        fastnn.quantize_(other, GPTQ4, calibration=[sample.clone() for sample in SAMPLES])
+    assert equal(state(net), state(other))
+
+
 def test_bad_samples_and_arguments_change_nothing(net):
     before = state(net)
     nan = fastnn.quantize_(copy.deepcopy(nn.Sequential(nn.Linear(4, 4))), GPTQ4, calibration=[randn(2, 4) / 0])

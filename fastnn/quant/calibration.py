@@ -104,7 +104,7 @@ def calibrate(
     samples = [plain_inputs(sample) for sample in calibration.inputs]
     if not samples:
         raise ValueError("fastnn.quantize_: calibration has no inputs")
-    with isolated(model), torch.no_grad(), _progress(calibration.progress) as bar:
+    with isolated(model), torch.inference_mode(False), torch.no_grad(), _progress(calibration.progress) as bar:
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 vars(module)["training"] = False
