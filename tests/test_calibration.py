@@ -427,3 +427,34 @@ def test_a_norm_that_others_use_is_left_alone(extension):
 
     report = fastnn.quantize_(Gated(), {"up": SMOOTH, "*": None}, calibration=[randn(20, 16)])
     assert "used elsewhere" in entry(report, "up").reason, "the gate stays a float layer, and would be scaled"
+
+
+def test_transformers_models_go_block_by_block(extension):
+    """Blocks with masks, tables and (unless told not to) caches; weights that lie the other way round (Conv1D)."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    llama = transformers.LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    gpt2 = transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    cases = (
+        (transformers.LlamaForCausalLM(llama), "model.layers (2)", "model.layers.1.mlp.up_proj"),
+        (transformers.GPT2Model(gpt2), "h (2)", "h.1.mlp.c_fc"),
+    )
+    samples = [{"input_ids": (torch.arange(24).view(2, 12) * (i + 5)) % 60} for i in range(4)]
+    for model, path, name in cases:
+        model.eval()
+        with torch.no_grad():
+            for module in model.modules():
+                if type(module).__name__ in ("LlamaRMSNorm", "LayerNorm"):
+                    module.weight.copy_(torch.linspace(0.1, 4, 32))
+            floats = model(**samples[0])[0]
+            rounded, smoothed = copy.deepcopy(model), copy.deepcopy(model)
+            report = fastnn.quantize_(rounded, GPTQ4, calibration=samples)
+            assert f"block by block along {path}" in report.calibration
+            assert entry(report, name).error < 0.9 * entry(report, name).error_nearest
+            report = fastnn.quantize_(smoothed, SMOOTH, calibration=samples)
+            assert entry(report, name).reason.startswith("smoothed with")
+            for made, near in ((rounded, 0.3), (smoothed, 0.05)):
+                assert (made(**samples[0])[0] - floats).norm() < near * floats.norm()
