@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from ..accelerate.isolate import call
+from .fold import agree
 
 _PLAIN = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device, type(None))
 """What a block's arguments may hold: a cache, say, would change by each call."""
@@ -92,11 +93,15 @@ class Chain:
             for i, block in enumerate(self.blocks):
                 handles.append(block.register_forward_pre_hook(partial(before, i), with_kwargs=True))
                 handles.append(block.register_forward_hook(partial(after, i)))
-            run(model, inputs)
+            result = run(model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        return self._take(calls)
+        reason = self._take(calls)
+        if reason or len(self.states) > 1:
+            return reason
+        with self.replaced(calls[-1].output):
+            return "" if agree(result, run(model, inputs)) else "what a block gives is used elsewhere, too"
 
     def _take(self, calls: list[_Call]) -> str:
         if [one.index for one in calls] != list(range(len(self.blocks))):

@@ -65,6 +65,13 @@ CALIBRATION_FAULTS = [
         (f"{TESTS}::test_another_runs_folder_is_refused",),
     ),
     Fault(
+        "calibration: blocks whose outputs others take count as a chain",
+        "fastnn/quant/chain.py",
+        "if agree(result, run(model, inputs)) else",
+        "if result is not None else",
+        (f"{TESTS}::test_a_model_without_a_chain_is_seen_at_once",),
+    ),
+    Fault(
         "smoothing: a norm whose output others use is changed",
         WALK,
         "if agree(before, part.run(0)):",
