@@ -45,12 +45,26 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .quant import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, dequantize_, load, quantize_, save
+    from .quant import (
+        Calibration,
+        Gptq,
+        Int4Int8Dynamic,
+        Int4WeightOnly,
+        Int8Dynamic,
+        Int8WeightOnly,
+        SmoothQuant,
+        dequantize_,
+        load,
+        quantize_,
+        save,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Explanation",
+    "Gptq",
     "Int4Int8Dynamic",
     "Int4WeightOnly",
     "Int8Dynamic",
@@ -58,6 +72,7 @@ __all__ = [
     "KVCache",
     "KernelRun",
     "Report",
+    "SmoothQuant",
     "__version__",
     "accelerate",
     "add_layer_norm",
@@ -104,10 +119,13 @@ __all__ = [
 ]
 
 _FROM_QUANT = (
+    "Calibration",
+    "Gptq",
     "Int4Int8Dynamic",
     "Int4WeightOnly",
     "Int8Dynamic",
     "Int8WeightOnly",
+    "SmoothQuant",
     "dequantize_",
     "load",
     "quantize_",

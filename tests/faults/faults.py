@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fault import Fault as Fault
 from faults_attention import ATTENTION_FAULTS, LOSS_FAULTS
+from faults_calibration import CALIBRATION_FAULTS
 from faults_groupwise import GROUPWISE_FAULTS
 from faults_int8 import INT8_FAULTS
 from faults_losses import LINEAR_LOSS_FAULTS
@@ -32,4 +33,5 @@ FAULTS = [
     *MLP_FAULTS,
     *GROUPWISE_FAULTS,
     *INT8_FAULTS,
+    *CALIBRATION_FAULTS,
 ]
