@@ -46,6 +46,7 @@ from .ops import (
 
 if TYPE_CHECKING:
     from .distill import Distiller, distillation_loss, hidden_state_loss
+    from .prune import Shrink, shrink_
     from .quant import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, dequantize_, load, quantize_, save
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "KVCache",
     "KernelRun",
     "Report",
+    "Shrink",
     "__version__",
     "accelerate",
     "add_layer_norm",
@@ -98,6 +100,7 @@ __all__ = [
     "rope_tables",
     "save",
     "scaled_dot_product_attention",
+    "shrink_",
     "sigmoid",
     "silu",
     "softmax",
@@ -109,6 +112,7 @@ __all__ = [
 
 _LATER = {
     "distill": ("Distiller", "distillation_loss", "hidden_state_loss"),
+    "prune": ("Shrink", "shrink_"),
     "quant": (
         "Int4Int8Dynamic",
         "Int4WeightOnly",
