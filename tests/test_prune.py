@@ -239,6 +239,38 @@ def test_tied_weights_stay_tied():
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
 
 
+def test_parts_of_a_split_keep_one_size():
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.left, self.right = nn.Linear(4, 12), nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            a, b = torch.sigmoid(self.wide(x)).chunk(2, -1)
+            return self.left(a) + self.right(b)
+
+    torch.manual_seed(0)
+    original, x = Halves(), randn(3, 4)
+    pruned = copy.deepcopy(original)
+    one = entry(shrink_(pruned, Shrink(2), example_inputs=x), "wide")
+    assert (one.before, one.after, pruned.wide.out_features, pruned.right.in_features) == (6, 4, 8, 4)
+    keep = torch.zeros(6).index_fill_(0, torch.tensor(one.kept), 1)
+    for reader in (original.left, original.right):
+        reader.register_forward_pre_hook(lambda _, a: a[0] * keep.to(a[0]))
+    assert_same_function(pruned, original, x)
+
+
+def test_the_width_of_an_embedding():
+    torch.manual_seed(0)
+    model, tokens = nn.Sequential(nn.Embedding(10, 8), nn.Tanh(), nn.Linear(8, 2)), torch.tensor([[1, 4, 9]])
+    original = copy.deepcopy(model)
+    one = entry(shrink_(model, Shrink(3), example_inputs=tokens), "0")
+    assert model[0].embedding_dim == model[2].in_features == 5 and model[0].num_embeddings == 10
+    with torch.no_grad():
+        original[2].weight[:, [i for i in range(8) if i not in one.kept]] = 0
+    torch.testing.assert_close(model(tokens), original(tokens))
+
+
 # ---- importance and amounts
 
 
@@ -486,6 +518,13 @@ def test_accelerated_models_shrink():
     assert model[0].out_features == 6 and model[2].weight.shape == (4, 6)
     assert report.max_difference <= 64 * FLOOR[torch.float32]
     assert model(x).shape == (3, 3)
+
+
+def test_quantised_models_are_refused():
+    model = mlp()
+    fastnn.quantize_(model, fastnn.Int8Dynamic(), include="2")
+    with pytest.raises(PruneError, match="2 is quantised: shrink first"):
+        shrink_(model, Shrink(0.5), example_inputs=randn(2, 5))
 
 
 def test_choosing():

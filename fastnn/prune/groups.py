@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, MultiheadAttention
 
 from .labels import Atoms, Slot
 from .trace import Trace
@@ -84,16 +83,14 @@ def groups_of(model: Module, trace: Trace) -> tuple[list[Group], list[Kept]]:
         if len(roots) > 1 and (group := _group(trace, used, members, roots, heads)) is not None
     ]
     found.sort(key=lambda group: min(part.slot.tensor for part in group.parts))
-    kept = _kept(model, trace, used, found)
     modules = dict(model.named_modules())
+    packed = {id(g): path for g in found for path in g.splitters if isinstance(modules.get(path), MultiheadAttention)}
+    kept = _kept(trace, used, found)
     for group in found:
-        for path in group.splitters:
-            if isinstance(modules.get(path), torch.nn.MultiheadAttention):
-                kept.append(
-                    Kept(group.name, f"{path} is a torch.nn.MultiheadAttention, which has no form with fewer heads")
-                )
-    fixed = {one.name for one in kept}
-    return [group for group in found if group.name not in fixed], kept
+        if id(group) in packed:
+            reason = f"{packed[id(group)]} is torch's MultiheadAttention, which has no form with fewer heads"
+            kept.append(Kept(group.name, reason))
+    return [group for group in found if id(group) not in packed], kept
 
 
 def _group(
@@ -119,14 +116,14 @@ def owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _kept(model: Module, trace: Trace, used: Atoms, groups: list[Group]) -> list[Kept]:
+def _kept(trace: Trace, used: Atoms, groups: list[Group]) -> list[Kept]:
     """Layers whose weight has outputs that are in no group, with the first reason known."""
-    done = {part.slot.first for group in groups for part in group.parts}
+    done = {part.slot.tensor for group in groups for part in group.parts if not part.used}
     found: dict[str, str] = {}
     for slot in trace.relation.slots:
         held = trace.held[slot.tensor]
         outputs = held.tensor.dim() > 1 and held.tensor.is_floating_point() and not used[slot.first]
-        if not outputs or slot.first in done or slot.dim > 1:
+        if not outputs or slot.tensor in done or slot.dim > 1:
             continue
         reason = trace.solution.frozen.get(int(trace.solution.root[slot.first]), "no product uses what it makes")
         found.setdefault(owner(held.names[0]), reason)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..accelerate.isolate import Attempt, call, check_model, tensors
+from ..nn import QuantizedModule
+from ..testing.policy import FLOOR
 from . import importance
 from .apply import Changes, Removed, shrink, silenced
 from .choose import removed
@@ -24,8 +26,9 @@ from .trace import Trace, evaluating, trace
 FilterFn = Callable[[Module, str], bool]
 
 _ALLOWED = 64
-"""Units in the last place by which the smaller model may differ from the old one without the units' contributions,
-relative to the largest output: products of other widths add in another order. As accelerate's check allows."""
+"""Floors of the error policy by which the smaller model may differ from the old one without the units' contributions,
+relative to the largest output (64e-6 in float32): sums of other lengths are added in another order. As much as
+`fastnn.accelerate` allows."""
 
 
 def shrink_(
@@ -69,6 +72,9 @@ def shrink_(
         (32, 32)
     """
     check_model("shrink_", model)
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedModule):
+            raise PruneError(f"fastnn.shrink_: {path or 'the model'} is quantised: shrink first, then quantise")
     traced = trace(model, example_inputs)
     groups, kept = groups_of(model, traced)
     chosen = [g for g in groups if filter_fn is None or filter_fn(model.get_submodule(g.name), g.name)]
@@ -157,7 +163,7 @@ def _compare(outputs: list[Tensor], expected: list[Tensor]) -> tuple[float, str]
             continue
         off = torch.where(ours.isfinite() & true.isfinite(), (ours - true).abs(), 0).max().item()
         scale = true.nan_to_num(0, 0, 0).abs().max().item()
-        if off > _ALLOWED * torch.finfo(ours.dtype).eps * max(scale, 1.0):
+        if off > _ALLOWED * FLOOR.get(ours.dtype, torch.finfo(ours.dtype).eps) * scale:
             return off, f"an output differs by {off:.3g} from that without the units' contributions"
         if not torch.equal(ours.isfinite(), true.isfinite()):
             return off, "NaN or infinity in an output"

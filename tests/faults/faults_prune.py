@@ -35,7 +35,7 @@ PRUNE_FAULTS = [
         f"{PRUNE}rules.py",
         '            t.tie(parts[0], part, "split")\n',
         "            pass\n",
-        (f"{MODELS}::test_heads_and_neurons_of_transformers[gpt2]",),
+        (f"{TESTS}::test_parts_of_a_split_keep_one_size",),
     ),
     Fault(
         "prune: the wrong query heads go with a shared key head",
