@@ -394,6 +394,19 @@ def test_modes_gradients_buffers_and_randomness_stay():
     assert torch.equal(again.eval()(x), copy.deepcopy(model).eval()(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_training_goes_on_while_an_old_graph_lives(dtype):
+    model, x = mlp().to(dtype), randn(3, 5).to(dtype)
+    loss = model(x).sum()
+    loss.backward()
+    with torch.inference_mode():
+        shrink_(model, Shrink(0.5), example_inputs=x)
+    assert all(not p.is_inference() and p.dtype == dtype for p in model.parameters())
+    assert model[0].weight.grad is None and torch.equal(model[4].bias.grad, torch.full((3,), 3.0, dtype=dtype))
+    model(x).sum().backward()
+    assert model[0].weight.grad.shape == (6, 5) and loss.grad_fn is not None
+
+
 class Fixed(nn.Module):
     """Its own code says how wide a layer is."""
 

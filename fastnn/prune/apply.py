@@ -40,9 +40,7 @@ class Changes:
     def resize(self, tensor: Tensor, values: Tensor) -> None:
         """Gives a tensor other values, of another shape; it stays the same object, so that ties last."""
         self.tensors.append((tensor, tensor.data, tensor.grad))
-        tensor.grad = None
-        tensor.data = values
-        torch.autograd.graph.increment_version(tensor)
+        _replace(tensor, values, None)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute."""
@@ -52,11 +50,19 @@ class Changes:
     def undo(self) -> None:
         """Puts everything back."""
         for tensor, values, grad in reversed(self.tensors):
-            tensor.data = values
-            tensor.grad = grad
-            torch.autograd.graph.increment_version(tensor)
+            _replace(tensor, values, grad)
         for owner, name, value in reversed(self.attributes):
             setattr(owner, name, value)
+
+
+def _replace(tensor: Tensor, values: Tensor, grad: Tensor | None) -> None:
+    tensor.grad = None
+    # A graph that still lives (of the last loss, say) keeps the node that gathers a parameter's gradient, and that
+    # node keeps the shape; torch makes a new one where the type changes, and only there.
+    tensor.data = values.new_empty(0, dtype=torch.float32 if values.dtype == torch.float64 else torch.float64)
+    tensor.data = values
+    tensor.grad = grad
+    torch.autograd.graph.increment_version(tensor)
 
 
 def gone(removed: Removed) -> dict[int, list[tuple[Part, np.ndarray]]]:

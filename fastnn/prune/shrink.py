@@ -31,6 +31,7 @@ relative to the largest output (64e-6 in float32): sums of other lengths are add
 `fastnn.accelerate` allows."""
 
 
+@torch.inference_mode(False)
 def shrink_(
     model: Module,
     config: object,
@@ -44,8 +45,7 @@ def shrink_(
 
     The model is run once on the example, and its channels are followed through every operator: what must go together
     (through sums, concatenations, batch normalisation, groups, gates, shared weights, heads that share keys) goes
-    together, and what no unit can leave stays. Parameters stay the same objects with smaller values; `.grad` becomes
-    None. Shrink before an optimizer takes the parameters. Afterwards the model is run once more and compared with what
+    together, and what no unit can leave stays. Parameters stay the same objects with smaller values, without `.grad`. Shrink before an optimizer takes the parameters. Afterwards the model is run once more and compared with what
     it gave before without those units' contributions: if that is not the same, nothing is changed.
 
     Args:
@@ -211,6 +211,7 @@ def _left(kept: Kept) -> Entry:
     return Entry(kept.name, "", 0, 0, (), (), kept.reason)
 
 
+@torch.inference_mode(False)
 def resize_(model: Module, shapes: dict[str, Any]) -> None:
     """Gives a model that is made like the original the sizes of one that was shrunk, so that its state_dict fits.
 
