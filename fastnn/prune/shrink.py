@@ -45,8 +45,9 @@ def shrink_(
 
     The model is run once on the example, and its channels are followed through every operator: what must go together
     (through sums, concatenations, batch normalisation, groups, gates, shared weights, heads that share keys) goes
-    together, and what no unit can leave stays. Parameters stay the same objects with smaller values, without `.grad`. Shrink before an optimizer takes the parameters. Afterwards the model is run once more and compared with what
-    it gave before without those units' contributions: if that is not the same, nothing is changed.
+    together, and what no unit can leave stays. Parameters stay the same objects; those that shrink lose `.grad`, so
+    shrink before an optimizer takes them. Afterwards the model is run once more and compared with what it gave before
+    without those units' contributions: if that is not the same, nothing is changed.
 
     Args:
         model: any module that runs on the example, on any device and in any mode.
