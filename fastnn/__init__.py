@@ -45,7 +45,17 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .quant import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, dequantize_, load, quantize_, save
+    from .quant import (
+        Int4Int8Dynamic,
+        Int4WeightOnly,
+        Int8Dynamic,
+        Int8WeightOnly,
+        dequantize_,
+        load,
+        load_gguf,
+        quantize_,
+        save,
+    )
 
 __version__ = "0.1.0"
 
@@ -78,6 +88,7 @@ __all__ = [
     "linear_groupwise",
     "linear_int8",
     "load",
+    "load_gguf",
     "log_softmax",
     "masked_softmax",
     "memory",
@@ -110,6 +121,7 @@ _FROM_QUANT = (
     "Int8WeightOnly",
     "dequantize_",
     "load",
+    "load_gguf",
     "quantize_",
     "save",
 )

@@ -3,7 +3,8 @@
 from .config import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from .container import FormatError
 from .files import load, save
-from .gguf import Gguf, GgufTensor, load_gguf
+from .gguf import Gguf, GgufTensor
+from .gguf_models import load_gguf
 from .quantize import dequantize_, quantize_
 from .report import Entry, Report
 
