@@ -45,6 +45,7 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from .decode import generate
     from .quant import (
         Int4Int8Dynamic,
         Int4WeightOnly,
@@ -80,6 +81,7 @@ __all__ = [
     "explain",
     "geglu",
     "gelu",
+    "generate",
     "hardswish",
     "info",
     "layer_norm",
@@ -114,25 +116,32 @@ __all__ = [
     "use_backend",
 ]
 
-_FROM_QUANT = (
-    "Int4Int8Dynamic",
-    "Int4WeightOnly",
-    "Int8Dynamic",
-    "Int8WeightOnly",
-    "dequantize_",
-    "load",
-    "load_gguf",
-    "quantize_",
-    "save",
-)
+_LATER = {
+    "generate": "decode",
+    **dict.fromkeys(
+        (
+            "Int4Int8Dynamic",
+            "Int4WeightOnly",
+            "Int8Dynamic",
+            "Int8WeightOnly",
+            "dequantize_",
+            "load",
+            "load_gguf",
+            "quantize_",
+            "save",
+        ),
+        "quant",
+    ),
+}
+"""Name -> the module that has it, loaded where it is first asked for: `import fastnn` stays quick."""
 
 
 def __getattr__(name: str) -> Any:
-    """Loads quantisation where it is first asked for: `import fastnn` stays quick."""
-    if name != "quant" and name not in _FROM_QUANT:
+    if name == "quant":
+        return importlib.import_module(".quant", __name__)
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    quant = importlib.import_module(".quant", __name__)
-    return quant if name == "quant" else getattr(quant, name)
+    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

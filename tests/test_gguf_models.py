@@ -9,11 +9,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+from llama_files import expected_llama, u32, write_llama
+from test_gguf import text
+
 import fastnn
 from fastnn.nn import Int4Linear, Int8Embedding, Int8WeightOnlyLinear
 from fastnn.quant import FormatError
-from llama_files import expected_llama, u32, write_llama
-from test_gguf import text
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("Q4_1", True), ("Q4_0", False)])

@@ -243,8 +243,9 @@ class Gguf:
         if codes.dtype == torch.int8:
             layer = nn.Int8WeightOnlyLinear(columns, outputs, False, "meta", group_size=BLOCK)
         else:
-            options = {"symmetric": offset is None, "int8_input": int8_input}
-            layer = nn.Int4Linear(columns, outputs, False, "meta", group_size=BLOCK, **options)
+            layer = nn.Int4Linear(
+                columns, outputs, False, "meta", group_size=BLOCK, symmetric=offset is None, int8_input=int8_input
+            )
         layer.weight, layer.weight_scale, layer.weight_offset, layer.bias = codes, scale, offset, bias
         return layer
 

@@ -96,14 +96,14 @@ def _fill(file: Gguf, model: Module, names: Mapping[str, str], rows: Mapping[str
                 made._buffers[name] = buffer
         known[source] = made
         changed[module] = made.train(module.training)
-    for target, parameter, values in plain:
-        if parameter.is_meta:
+    for target, into, values in plain:
+        if into.is_meta:
             path, _, name = target.rpartition(".")
-            held = torch.nn.Parameter(values.to(parameter.dtype), parameter.requires_grad)
+            held = torch.nn.Parameter(values.to(into.dtype), into.requires_grad)
             model.get_submodule(path)._parameters[name] = held
         else:
             with torch.no_grad():
-                parameter.copy_(values)
+                into.copy_(values)
     for module, made in changed.items():
         become(module, made)
 
