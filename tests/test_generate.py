@@ -14,7 +14,7 @@ from llama_files import tiny_llama, write_llama
 
 import fastnn
 from fastnn import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, _extension
-from fastnn.decode import decoder_of
+from fastnn.decoder import decoder_of
 
 
 def llama(seed=0, **options):
