@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         quantize_,
         save,
     )
+    from .to_onnx import export
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,7 @@ __all__ = [
     "dequantize_",
     "dropout_add",
     "explain",
+    "export",
     "geglu",
     "gelu",
     "generate",
@@ -117,6 +119,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "export": "to_onnx",
     "generate": "decode",
     **dict.fromkeys(
         (
