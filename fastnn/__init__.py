@@ -46,11 +46,16 @@ from .ops import (
 
 if TYPE_CHECKING:
     from .decode import generate
+    from .distill import Distiller, distillation_loss, hidden_state_loss
+    from .prune import Shrink, shrink_
     from .quant import (
+        Calibration,
+        Gptq,
         Int4Int8Dynamic,
         Int4WeightOnly,
         Int8Dynamic,
         Int8WeightOnly,
+        SmoothQuant,
         dequantize_,
         load,
         load_gguf,
@@ -62,7 +67,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Distiller",
     "Explanation",
+    "Gptq",
     "Int4Int8Dynamic",
     "Int4WeightOnly",
     "Int8Dynamic",
@@ -70,6 +78,8 @@ __all__ = [
     "KVCache",
     "KernelRun",
     "Report",
+    "Shrink",
+    "SmoothQuant",
     "__version__",
     "accelerate",
     "add_layer_norm",
@@ -78,6 +88,7 @@ __all__ = [
     "attention_with_kv_cache",
     "cross_entropy",
     "dequantize_",
+    "distillation_loss",
     "dropout_add",
     "explain",
     "export",
@@ -85,6 +96,7 @@ __all__ = [
     "gelu",
     "generate",
     "hardswish",
+    "hidden_state_loss",
     "info",
     "layer_norm",
     "linear",
@@ -109,6 +121,7 @@ __all__ = [
     "rope_tables",
     "save",
     "scaled_dot_product_attention",
+    "shrink_",
     "sigmoid",
     "silu",
     "softmax",
@@ -119,32 +132,34 @@ __all__ = [
 ]
 
 _LATER = {
-    "export": "to_onnx",
-    "generate": "decode",
-    **dict.fromkeys(
-        (
-            "Int4Int8Dynamic",
-            "Int4WeightOnly",
-            "Int8Dynamic",
-            "Int8WeightOnly",
-            "dequantize_",
-            "load",
-            "load_gguf",
-            "quantize_",
-            "save",
-        ),
-        "quant",
+    "decode": ("generate",),
+    "distill": ("Distiller", "distillation_loss", "hidden_state_loss"),
+    "prune": ("Shrink", "shrink_"),
+    "quant": (
+        "Calibration",
+        "Gptq",
+        "Int4Int8Dynamic",
+        "Int4WeightOnly",
+        "Int8Dynamic",
+        "Int8WeightOnly",
+        "SmoothQuant",
+        "dequantize_",
+        "load",
+        "load_gguf",
+        "quantize_",
+        "save",
     ),
+    "to_onnx": ("export",),
 }
-"""Name -> the module that has it, loaded where it is first asked for: `import fastnn` stays quick."""
+"""Module -> the public names that come from it, loaded where they are first asked for: `import fastnn` stays quick."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "quant":
-        return importlib.import_module(".quant", __name__)
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    for source, names in _LATER.items():
+        if name == source or name in names:
+            module = importlib.import_module(f".{source}", __name__)
+            return module if name == source else getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
