@@ -127,6 +127,30 @@ FASTNN_INLINE void transpose(Vec (&r)[kLanes]) {
   }
 }
 
+// Pairs (even[i], odd[i]) of 16-bit halves for half of the i: of each 16 bytes the first four
+// (kHigh: the last), which takes one instruction; separate_halves puts one number for each pair of
+// both results back in the order of i.
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
+template <bool kHigh, int... I>
+FASTNN_INLINE Vec interleave_halves(Vec even, Vec odd, std::integer_sequence<int, I...>) {
+  return (Vec)__builtin_shufflevector(
+      (Halves)even, (Halves)odd,
+      (I / 8 * 8 + I % 8 / 2 + (kHigh ? 4 : 0) + (I % 2) * 2 * kLanes)...);
+}
+template <bool kHigh>
+FASTNN_INLINE Vec interleave_halves(Vec even, Vec odd) {
+  return interleave_halves<kHigh>(even, odd, std::make_integer_sequence<int, 2 * kLanes>{});
+}
+template <bool kSecond, int... I>
+FASTNN_INLINE Vec separate_halves(Vec low, Vec high, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(
+      low, high, ((kSecond ? kLanes / 2 : 0) + I / 8 * 4 + I % 4 + (I / 4 % 2) * kLanes)...);
+}
+template <bool kSecond>
+FASTNN_INLINE Vec separate_halves(Vec low, Vec high) {
+  return separate_halves<kSecond>(low, high, std::make_integer_sequence<int, kLanes>{});
+}
+
 // Lane i of the result: the sum of r[i]'s lanes. Each round adds halves of vectors while
 // interleaving two, 2 (kLanes - 1) shuffles in all. Uses r up.
 FASTNN_INLINE Vec sum_each(Vec (&r)[kLanes]) {
