@@ -113,8 +113,8 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: the sum of dO times O is left out of the gradient",
         ATTENTION_BWD,
-        "(load(m.ds + j * kQueries + r) - load(m.delta + r));",
-        "load(m.ds + j * kQueries + r);",
+        "(dp - load(m.delta + r));",
+        "dp;",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(
