@@ -65,14 +65,19 @@ test-interpreted: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/extra-gpu
 accuracy: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/extra-build $(STAMPS)/extra-gpu
 	@$(ENV) $(PY) tools/accuracy.py --write docs/accuracy.md
 
-# Beside the package's own extension, which has none: a package of links around the build stands in for it.
+# Beside the package's own extension, which has none: a package of links around the build stands in for it, also where
+# an editable install would answer `import fastnn` first.
 cuda-build = $(ENV) cmake -S . -B build/cuda -G Ninja --log-level=WARNING -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
 	-Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)" -DFASTNN_CUDA=ON -DFASTNN_CUDA_ARCHS='$(1)' && $(ENV) cmake --build build/cuda --target $(2)
 cuda: $(STAMPS)/cmake $(STAMPS)/extra-build $(STAMPS)/extra-test
 	@$(call cuda-build,$(CUDA_ARCHS),_C)
 	@rm -rf build/cuda/package && mkdir -p build/cuda/package/fastnn && ln -s $(CURDIR)/fastnn/* build/cuda/package/fastnn/
 	@rm -f build/cuda/package/fastnn/_C.* && ln -s $(CURDIR)/build/cuda/_C.* build/cuda/package/fastnn/
-	@cd build/cuda/package && $(abspath $(PY)) -m pytest -q $(CURDIR)/tests/test_cuda_build.py $(CURDIR)/tests/test_import.py
+	@printf '%s\n' 'import sys' "sys.meta_path[:] = [f for f in sys.meta_path if 'fastnn' not in type(f).__module__]" \
+		>build/cuda/package/sitecustomize.py
+	@cd build/cuda/package && export PYTHONPATH=$(CURDIR)/build/cuda/package && \
+		$(abspath $(PY)) -c 'from fastnn import _extension as e; assert e.require().cuda_compiled(), e._C.__file__' && \
+		$(abspath $(PY)) -m pytest -q $(CURDIR)/tests/test_cuda_build.py $(CURDIR)/tests/test_import.py
 
 # What nvcc makes of csrc/cuda for every architecture, and what Triton's compiler makes of fastnn/kernels.
 audit-gpu: $(STAMPS)/cmake $(STAMPS)/extra-build $(STAMPS)/extra-gpu

@@ -21,8 +21,6 @@ from fastnn.bench.results import load
 from fastnn.bench.session import Measured, Record
 from fastnn.testing.bench_cases import bench_cases, families, find_bench_case
 
-pytestmark = pytest.mark.alone  # measures time
-
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--rounds", "2", "--passes", "1", "--extra", "0"]
 
@@ -146,6 +144,7 @@ def test_slow_contenders_retire_and_the_best_of_each_kind_stays():
     assert campaign._Run._racing(Measured(records)) == {"fastnn", "eager", "openvino"}
 
 
+@pytest.mark.alone  # measures time
 def test_a_run_is_kept_shown_and_read_back(tmp_path, extension):
     run = bench("softmax", "--only", "fwd/fp32 (64", "--with", "eager,tuned", *FAST, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -168,6 +167,7 @@ def test_a_run_is_kept_shown_and_read_back(tmp_path, extension):
     assert f"<!-- from {kept.name} -->" in document.read_text()
 
 
+@pytest.mark.alone  # measures time
 def test_quick_ends_within_a_minute_and_keeps_nothing(tmp_path, extension):
     start = time.monotonic()
     run = bench("--quick", "--json", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))  # limits measured as well

@@ -26,7 +26,7 @@ from fastnn.bench.worker import Worker, check_kernel
 from fastnn.testing.bench_cases import Ours, Work, bench_cases, families, find_bench_case, on_gpu
 from fastnn.testing.targets import GPU_BACKENDS
 
-WITHOUT_GPU_KERNELS = {"decode", "linear_ce", "mlp", "rope"}
+WITHOUT_GPU_KERNELS = {"decode", "linear_ce", "linear_quant", "mlp", "rope"}
 ROWS = [case for family in families() for case in bench_cases(family, "cuda")]
 GPU = {"name": "A GPU", "driver": "580.1", "cuda": "13.0", "hip": "", "capability": "9.0"}
 

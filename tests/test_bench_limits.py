@@ -12,8 +12,6 @@ from fastnn.bench.limits import BUSY, RESIDENT, Limits, NoLimits, machine_limits
 from fastnn.bench.machine import OthersLoad, cache_bytes, cpu_family, load_of_cpus, this_machine
 from fastnn.testing.bench_cases import Work
 
-pytestmark = pytest.mark.alone  # measures time
-
 GB = 1e9
 
 # The performance page, measured on two cores of an AMD Zen 4 server: low and high end, per number of threads. Of 4 KiB

@@ -15,8 +15,6 @@ from fastnn.bench.allocators import CANDIDATES, PLAIN, TUNED, owned
 from fastnn.bench.probe import SMALL, typical_time
 from fastnn.run import Choice, choice, choose, explanation, gain
 
-pytestmark = pytest.mark.alone  # measures time
-
 ROOT = Path(__file__).resolve().parent.parent
 
 TELL = """
@@ -161,6 +159,7 @@ def test_typical_time_is_the_processors():
     assert typical_time(lambda: sum(range(10000)), 0.01) > 0
 
 
+@pytest.mark.alone  # measures time
 def test_large_softmaxes_get_faster_and_small_ones_stay(folder):
     if module.platform.libc_ver()[0] != "glibc":
         pytest.skip("the settings are glibc's, and this is another C library")

@@ -15,8 +15,6 @@ import torch
 from fastnn import _dispatch, _extension, cli, testing
 from fastnn.verify import SECONDS, verify
 
-pytestmark = pytest.mark.alone  # measures time
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,6 +29,7 @@ def spoilt(monkeypatch, extension):
     monkeypatch.setitem(_dispatch.KERNELS["softmax"], "cpu", _dispatch.Kernels(wrong, right.bwd))
 
 
+@pytest.mark.alone  # measures time
 def test_everything_agrees_within_the_time():
     start = time.monotonic()
     threads = torch.get_num_threads()
@@ -46,6 +45,7 @@ def test_everything_agrees_within_the_time():
         assert 0 < part.worst <= 1 or part.dtype == "fp64"
 
 
+@pytest.mark.alone  # measures time
 def test_a_lack_of_time_leaves_out_a_little_of_everything():
     report = verify(3)
     assert report.seconds < 6

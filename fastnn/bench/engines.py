@@ -140,6 +140,13 @@ class OpenVino(Contender):
 
 
 @register
+class TorchQuantized(Special):
+    """The quantised operators that torch itself has."""
+
+    name, native, frozen = "torch.ao", True, True
+
+
+@register
 class TorchAo(Special):
     """torchao, for quantised rows."""
 

@@ -159,7 +159,7 @@ class Worker:
         found = find_bench_case(case)
         self.close()
         inputs = found.inputs()
-        rival = found.run(found.torch_call, inputs) if gate else ()
+        rival = found.rival(inputs) if gate else ()
         truth = truth_of(found, inputs) if gate else ()
         answer: dict[str, Any] = {}
         for name in contenders:

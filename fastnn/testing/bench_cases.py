@@ -113,6 +113,8 @@ class BenchCase:
     ours: tuple[Ours, ...]
     wanted: tuple[str, ...] = ()
     """Inputs whose gradients are taken in direction `fb`; `grad` is then the gradient of the result."""
+    measured_by: Callable[[Inputs], Tensor | Results] | None = None
+    """Whose error bounds that of contenders, where it is not the plain call's: rows that round their inputs."""
     by_hand: Callable[[Inputs], Tensor | Results] | None = None
     """Torch as somebody writes it who knows which of its ways is fast, where that is not the plain call."""
     out_call: Callable[[Inputs, Tensor], object] | None = None
@@ -143,6 +145,10 @@ class BenchCase:
         """Fresh tensors; the same seed gives the same values."""
         with torch.device(self.device):
             return self.make(DTYPES[self.dtype], torch.Generator(self.device).manual_seed(seed))
+
+    def rival(self, inputs: Inputs) -> Results:
+        """The results whose errors bound a contender's."""
+        return self.run(self.measured_by or self.torch_call, inputs)
 
     def run(self, call: Callable[[Inputs], Tensor | Results], inputs: Inputs) -> Results:
         """All results of `call`, one of the forms of `torch_call`, in the case's direction."""

@@ -35,6 +35,12 @@ class Counted(NamedTuple):
     mma: int
     ldsm: int
     ldsm_conflicts: int
+    loaded_wide: int
+
+    @property
+    def wide(self) -> float:
+        """Share of the bytes loaded that came 16 at a time."""
+        return self.loaded_wide / self.loaded
 
 
 class Emulated(Launchers):
@@ -50,7 +56,7 @@ class Emulated(Launchers):
 
     def counted(self) -> Counted:
         """Reads and resets the counters."""
-        found = (c_uint64 * 4)()
+        found = (c_uint64 * 5)()
         self.lib.emu_counted(found)
         return Counted(*found)
 

@@ -39,8 +39,8 @@ FOLDER = ROOT / "build/cuda_emu"
 EMULATE = ("-std=c++20", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DFASTNN_CUDA_EMU")
 COMPILER = os.environ.get("CXX", "g++")
 COUNTERS = (
-    *("threads", "switches", "launches", "loaded", "stored", "cached", "accesses", "wide", "sectors", "ideal_sectors"),
-    *("bank_passes", "bank_excess", "mma", "ldsm", "ldsm_conflicts"),
+    *("threads", "switches", "launches", "loaded", "stored", "cached", "accesses", "wide", "loaded_wide"),
+    *("sectors", "ideal_sectors", "bank_passes", "bank_excess", "mma", "ldsm", "ldsm_conflicts"),
 )
 
 

@@ -80,6 +80,7 @@ struct Counters {
   uint64_t loaded, stored;            // bytes of global memory, as asked for
   uint64_t cached;                    // bytes of loads that caches serve by design (parameters)
   uint64_t accesses, wide;            // of global memory; those of 16 bytes
+  uint64_t loaded_wide;               // bytes that loads of 16 bytes were asked for
   uint64_t sectors, ideal_sectors;    // of 32 bytes, per warp and instruction; while tracing
   uint64_t bank_passes, bank_excess;  // of shared memory, and those that conflicts add; tracing
   uint64_t mma, ldsm, ldsm_conflicts;
@@ -120,6 +121,7 @@ inline void count_load(size_t bytes) {
   counters.loaded += bytes;
   ++counters.accesses;
   counters.wide += bytes == 16;
+  counters.loaded_wide += bytes == 16 ? 16 : 0;
 }
 inline void count_store(size_t bytes) {
   const Quiet quiet;

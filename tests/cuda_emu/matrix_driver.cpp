@@ -20,6 +20,7 @@ void emu_counted(uint64_t* found) {
   found[1] = emu::counters.mma;
   found[2] = emu::counters.ldsm;
   found[3] = emu::counters.ldsm_conflicts;
+  found[4] = emu::counters.loaded_wide;
   emu::counters = {};
 }
 

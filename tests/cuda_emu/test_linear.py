@@ -58,7 +58,7 @@ def test_orders(emulated: Emulated, name: str, schedule: tuple[str, bool]) -> No
 
 @pytest.mark.parametrize("name", [name for name in TILES if name != "plain"])
 def test_traffic(emulated: Emulated, name: str) -> None:
-    """Tensor-core kernels read what the plan says, within 2 %, and no matrix load meets a bank twice."""
+    """Tensor-core kernels read what the plan says (2 %), 16 bytes at a time; matrix loads meet no bank twice."""
     tile, (m, n, k), sms, splits = TILES[name]
     emulated.device(90, sms)
     plan = emulated.plan(m, n, k, sms=sms)
@@ -69,12 +69,13 @@ def test_traffic(emulated: Emulated, name: str) -> None:
     counted = emulated.counted()
     partial = plan.splits * m * n * 4 if plan.splits > 1 else 0
     assert counted.loaded == pytest.approx(plan.traffic + partial, rel=0.02)
+    assert counted.wide >= 0.95, f"{counted.wide:.1%} of the bytes in loads of 16 bytes"
     assert counted.mma == m * n * k // (16 * 8 * 16)
     assert counted.ldsm > 0 and counted.ldsm_conflicts == 0
 
 
 def test_gradients_without_conflicts(emulated: Emulated) -> None:
-    """Operands that lie across are read by transposing matrix loads, without conflicts too."""
+    """Operands that lie across are read by transposing matrix loads, without conflicts and 16 bytes at a time too."""
     for shape, sms in (((128, 1728, 256), 1), ((1728, 128, 256), 1), ((64, 64, 64), 4)):
         emulated.device(90, sms)
         m, n, k = shape
@@ -82,6 +83,7 @@ def test_gradients_without_conflicts(emulated: Emulated) -> None:
         emulated.linear_bwd(draw(m, n), draw(m, k), draw(n, k), None, 0, (True, True, False))
         counted = emulated.counted()
         assert counted.ldsm > 0 and counted.ldsm_conflicts == 0
+        assert counted.wide >= 0.95, f"{counted.wide:.1%} of the bytes in loads of 16 bytes"
 
 
 @pytest.mark.parametrize("arch", (80, 86, 89, 90, 100, 120))

@@ -49,19 +49,33 @@ struct Codes8 {
   }
 };
 
-// At most 24 (AVX-512) or 12 sums, and 2 strips: every dot product then has one load or less.
+// Adds to each sum the product of its column's four codes with the four digits at p. In assembler
+// where it is one instruction: the compiler takes three, a broadcast, a copy of the sum, the dot.
+template <class Codes>
+FASTNN_INLINE void add_dots(Vec& sum, Vec codes, const char* p) {
+#if defined(__AVX512VNNI__)
+  struct Quad {
+    char digits[4];
+  };
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum)
+      : "v"(codes), "m"(*reinterpret_cast<const Quad*>(p)));
+#else
+  sum = Codes::dot(sum, codes, splat(load_unit(p)));
+#endif
+}
+
+// With 16 registers at most 12 sums; with 32 as many sums and totals as there is room for.
 constexpr int group_tile_rows(int digits) {
   if (kLanes == 16) return digits == 1 ? 8 : digits == 2 ? 6 : 4;
   if (kLanes == 8) return digits == 1 ? 6 : digits == 2 ? 3 : 2;
   return digits == 1 ? 2 : 1;
 }
-constexpr int group_tile_strips(int rows) { return kLanes == 16 && rows > 1 ? 2 : 1; }
 
 struct GroupTile {
   const GroupLayout* layout;
-  const char* codes;  // of the first strip
-  int64_t strip_bytes;
-  const char* a;  // digits of the first row: [block][row of codes][unit][digit] quads
+  const char* codes;  // of the strip
+  const char* a;      // digits of the first row: [block][row of codes][unit][digit] quads
   int64_t a_stride;
   const BlockOfRow* of;  // of the first row
   int64_t of_stride;
@@ -69,21 +83,23 @@ struct GroupTile {
 
 FASTNN_INLINE Vec half_scales(const char* p) { return load(reinterpret_cast<const Float16*>(p)); }
 
-// Adds block b to MR rows x NV vectors of sums: `add(i, v, f)` replaces one by f of it.
-template <class Codes, int kDigits, int MR, int NV, class Add>
+// Adds block b to MR rows of totals of a strip: `add(i, v, f)` replaces one by f of it.
+template <class Codes, int kDigits, int MR, class Add>
 FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
   const GroupLayout& layout = *g.layout;
   constexpr int kQuads = Codes::kUnits * kDigits;  // of a row of activations, for a row of codes
   // Few sums would wait for one another: then each unit has sums of its own.
-  constexpr int kChains = MR * NV * kDigits <= 6 ? Codes::kUnits : 1;
+  constexpr int kChains = MR * kVecsPerStrip * kDigits <= 6 ? Codes::kUnits : 1;
   const char* codes = g.codes + layout.codes_at(b);
   const char* a = g.a + b * layout.rows * kQuads * 4;
-  Vec sums[kChains][MR][kDigits][NV];
+  Vec sums[kChains][MR][kDigits][kVecsPerStrip];
   FASTNN_UNROLL for (int c = 0; c < kChains; ++c) {
     FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
       FASTNN_UNROLL for (int d = 0; d < kDigits; ++d) {
         const int32_t start = c == 0 ? g.of[i * g.of_stride + b].correction[d] : 0;
-        FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[c][i][d][v] = (Vec)splat_int(start);
+        FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
+          sums[c][i][d][v] = (Vec)splat_int(start);
+        }
       }
     }
   }
@@ -91,20 +107,17 @@ FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
   if (rows <= 0) __builtin_unreachable();  // a block has codes: no sums that were not summed
 #pragma GCC unroll 4
   for (int64_t r = 0; r < rows; ++r) {
-    Vec row[NV];
-    FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
-      row[v] = load(reinterpret_cast<const float*>(codes + v / kVecsPerStrip * g.strip_bytes) +
-                    v % kVecsPerStrip * kLanes);
+    Vec row[kVecsPerStrip];
+    FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
+      row[v] = load(reinterpret_cast<const float*>(codes) + v * kLanes);
     }
     FASTNN_UNROLL for (int u = 0; u < Codes::kUnits; ++u) {
-      Vec unit[NV];
-      FASTNN_UNROLL for (int v = 0; v < NV; ++v) unit[v] = Codes::unit(row[v], u);
-      FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-        FASTNN_UNROLL for (int d = 0; d < kDigits; ++d) {
-          const Vec digits = splat(load_unit(a + i * g.a_stride + (u * kDigits + d) * 4));
-          FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
-            Vec& sum = sums[u % kChains][i][d][v];
-            sum = Codes::dot(sum, unit[v], digits);
+      FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
+        const Vec unit = Codes::unit(row[v], u);
+        FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+          FASTNN_UNROLL for (int d = 0; d < kDigits; ++d) {
+            add_dots<Codes>(sums[u % kChains][i][d][v], unit,
+                            a + i * g.a_stride + (u * kDigits + d) * 4);
           }
         }
       }
@@ -113,9 +126,8 @@ FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
     a += kQuads * 4;
   }
   const char* const scales = g.codes + layout.scales_at(b);
-  FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
-    const char* const at =
-        scales + v / kVecsPerStrip * g.strip_bytes + v % kVecsPerStrip * kLanes * 2;
+  FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
+    const char* const at = scales + v * kLanes * 2;
     const Vec scale = half_scales(at);
     FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
       const BlockOfRow& of = g.of[i * g.of_stride + b];
@@ -142,58 +154,56 @@ FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
 }
 
 // A function of its own: inside the loop over blocks the compiler would put all sums on the stack.
-template <class Codes, int kDigits, int MR, int NS>
+template <class Codes, int kDigits, int MR>
 __attribute__((noinline)) void add_block_in_memory(const GroupTile& g, int64_t b, float* t,
                                                    int64_t ldt) {
-  add_block<Codes, kDigits, MR, NS * kVecsPerStrip>(
-      g, b, [&](int i, int v, auto added) __attribute__((always_inline)) {
-        float* const at = t + i * ldt + v * kLanes;
-        store(at, added(b == 0 ? zero() : load(at)));
-      });
+  add_block<Codes, kDigits, MR>(g, b, [&](int i, int v, auto added) __attribute__((always_inline)) {
+    float* const at = t + i * ldt + v * kLanes;
+    store(at, added(b == 0 ? zero() : load(at)));
+  });
 }
 
-// t (row stride ldt floats) = MR rows times NS strips. One row keeps its sums in registers and
-// streams through its strip.
-template <class Codes, int kDigits, int MR, int NS>
+// t (row stride ldt floats) = MR rows times a strip. Totals stay in registers where there is room.
+template <class Codes, int kDigits, int MR>
 __attribute__((noinline)) void group_tile(const GroupTile& g, float* t, int64_t ldt) {
-  constexpr int NV = NS * kVecsPerStrip;
   const int64_t blocks = g.layout->blocks;
-  if constexpr (MR == 1) {
-    Vec total[NV] = {};
+  if constexpr (MR == 1 || kLanes == 16) {
+    Vec total[MR][kVecsPerStrip] = {};
     for (int64_t b = 0; b < blocks; ++b) {
-      add_block<Codes, kDigits, MR, NV>(g, b,
-                                        [&](int, int v, auto added) __attribute__((always_inline)) {
-                                          total[v] = added(total[v]);
-                                        });
+      add_block<Codes, kDigits, MR>(g, b,
+                                    [&](int i, int v, auto added) __attribute__((always_inline)) {
+                                      total[i][v] = added(total[i][v]);
+                                    });
     }
-    FASTNN_UNROLL for (int v = 0; v < NV; ++v) store(t + v * kLanes, total[v]);
+    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+      FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
+        store(t + i * ldt + v * kLanes, total[i][v]);
+      }
+    }
   } else {
-    for (int64_t b = 0; b < blocks; ++b) {
-      add_block_in_memory<Codes, kDigits, MR, NS>(g, b, t, ldt);
-    }
+    for (int64_t b = 0; b < blocks; ++b) add_block_in_memory<Codes, kDigits, MR>(g, b, t, ldt);
   }
 }
 
 using GroupTileFunction = void (*)(const GroupTile&, float*, int64_t);
 
-template <class Codes, int kDigits, int MR, int NS>
+template <class Codes, int kDigits, int MR>
 constexpr GroupTileFunction group_tile_or_null() {
-  if constexpr (MR <= group_tile_rows(kDigits) && NS <= group_tile_strips(MR)) {
-    return group_tile<Codes, kDigits, MR, NS>;
+  if constexpr (MR <= group_tile_rows(kDigits)) {
+    return group_tile<Codes, kDigits, MR>;
   } else {
     return nullptr;
   }
 }
 
 template <class Codes, int kDigits>
-GroupTileFunction group_tile_of(int64_t rows, int64_t strips) {
-  static constexpr GroupTileFunction table[8][2] = {
-#define FASTNN_TILES_OF(MR) \
-  {group_tile_or_null<Codes, kDigits, MR, 1>(), group_tile_or_null<Codes, kDigits, MR, 2>()}
-      FASTNN_TILES_OF(1), FASTNN_TILES_OF(2), FASTNN_TILES_OF(3), FASTNN_TILES_OF(4),
-      FASTNN_TILES_OF(5), FASTNN_TILES_OF(6), FASTNN_TILES_OF(7), FASTNN_TILES_OF(8)};
-#undef FASTNN_TILES_OF
-  return table[rows - 1][strips - 1];
+GroupTileFunction group_tile_of(int64_t rows) {
+  static constexpr GroupTileFunction table[8] = {
+      group_tile_or_null<Codes, kDigits, 1>(), group_tile_or_null<Codes, kDigits, 2>(),
+      group_tile_or_null<Codes, kDigits, 3>(), group_tile_or_null<Codes, kDigits, 4>(),
+      group_tile_or_null<Codes, kDigits, 5>(), group_tile_or_null<Codes, kDigits, 6>(),
+      group_tile_or_null<Codes, kDigits, 7>(), group_tile_or_null<Codes, kDigits, 8>()};
+  return table[rows - 1];
 }
 
 template <class Codes, int kDigits>
@@ -209,18 +219,15 @@ void gemm_groups_typed(const GemmParams& p, int64_t m_begin, int64_t m_end, int6
     for (int64_t tile = 0; tile < row_tiles; ++tile) {
       const int64_t r0 = m_begin + rows * tile / row_tiles;
       const int64_t r1 = m_begin + rows * (tile + 1) / row_tiles;
-      const int64_t widest = group_tile_strips((int)(r1 - r0));
-      for (int64_t s = 0; s < strips; s += widest) {
+      for (int64_t s = 0; s < strips; ++s) {
         const GroupTile g = {
             &product.layout,
             reinterpret_cast<const char*>(p.b_packed) + (n0 / kStrip + s) * strip_bytes,
-            strip_bytes,
             static_cast<const char*>(p.a.data) + r0 * p.a.row_stride,
             p.a.row_stride,
             product.of + r0 * blocks,
             blocks};
-        group_tile_of<Codes, kDigits>(r1 - r0, min_of(widest, strips - s))(g, t + s * kStrip,
-                                                                           kBlockColumns);
+        group_tile_of<Codes, kDigits>(r1 - r0)(g, t + s * kStrip, kBlockColumns);
       }
       if (blocks == 0) {
         for (int64_t i = 0; i < (r1 - r0) * kBlockColumns; ++i) t[i] = 0.f;
