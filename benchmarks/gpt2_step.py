@@ -69,7 +69,8 @@ def main() -> None:
     tokens = torch.randint(VOCABULARY, (given.batch, given.length + 1), generator=torch.Generator().manual_seed(1))
     x, y = tokens[:, :-1], tokens[:, 1:].reshape(-1)
     steps = {name: step_of(name, given.length, getattr(torch, given.dtype)) for name in names}
-    print(f"torch {torch.__version__}, {given.dtype}, {given.batch} x {given.length}, {given.threads} thread(s)", flush=True)
+    shape = f"{given.batch} x {given.length}"
+    print(f"torch {torch.__version__}, {given.dtype}, {shape}, {given.threads} thread(s)", flush=True)
     for name, step in steps.items():
         start = time.perf_counter()
         step(x, y)

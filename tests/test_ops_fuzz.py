@@ -1,7 +1,8 @@
 """Options of cross_entropy and attention in combinations drawn at random: torch's result within the policy, or refused.
 
-2,000 combinations, and 200 more of attention over sequences (4,000 in the slow run), of shapes, types, memory orders, instruction sets and options, the same ones every time. Truth is
-torch in float64, the rival torch in the tested type: its own op where that has the options, else composed of its ops.
+2,000 combinations, and 200 more of attention over sequences (4,000 in the slow run), of shapes, types, memory orders,
+instruction sets and options, the same ones every time. Truth is torch in float64, the rival torch in the tested type: its
+own op where that has the options, else composed of its ops.
 """
 
 from __future__ import annotations
@@ -240,7 +241,8 @@ def draw_varlen(draw):
         return torch.cat(found, 2)[0].transpose(0, 1) + 0 * (query.sum() + key.sum() + value.sum())
 
     draw_type = draw.choice((torch.int32, torch.int64))
-    few = window == (0, 0) or any(0 < n < 4 or 0 < m < 5 or causal and n > m for n, m in zip(queries, keys, strict=True))
+    pairs = tuple(zip(queries, keys, strict=True))
+    few = window == (0, 0) or any(0 < n < 4 or 0 < m < 5 or (causal and n > m) for n, m in pairs)
     wanted = ("value",) if few else ("query", "key", "value")
     text = f"{dtype} {queries} {keys} {shapes} causal {causal} window {window} cap {cap} drop {dropout} scale {scale}"
     return Drawn({**tensors, **bounds}, wanted, ours, theirs, refused), text
@@ -287,7 +289,7 @@ def draw_cached(draw):
             found.append(compose(query[i : i + 1], keys, values, *options))
         return torch.cat(found)
 
-    text = f"{dtype} {before} + {new} heads {hk} x {group} d {d} {dv} own {own} causal {causal} window {window} cap {cap}"
+    text = f"{dtype} {before} + {new} heads {hk} x {group} d {d} {dv} {own} causal {causal} window {window} cap {cap}"
     return Drawn(tensors, (), ours, theirs, refused), text
 
 
