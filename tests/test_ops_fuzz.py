@@ -1,8 +1,8 @@
 """Options of cross_entropy and attention in combinations drawn at random: torch's result within the policy, or refused.
 
 2,000 combinations, and 200 more of attention over sequences (4,000 in the slow run), of shapes, types, memory orders,
-instruction sets and options, the same ones every time. Truth is torch in float64, the rival torch in the tested type: its
-own op where that has the options, else composed of its ops.
+instruction sets and options, the same ones every time. Truth is torch in float64, the rival torch in the tested type:
+its own op where that has the options, else composed of its ops.
 """
 
 from __future__ import annotations

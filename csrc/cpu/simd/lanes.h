@@ -12,6 +12,16 @@ template <class T>
 FASTNN_INLINE Vec load_some(const T* p, int count) {
   return count == kLanes ? load(p) : load_first(p, count, 0.f);
 }
+// The first n < 2 kLanes elements of 16 bits as they lie, zeros behind them.
+FASTNN_INLINE Vec load_first_halves(const void* p, int n) {
+#if defined(__AVX512BW__)
+  return (Vec)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), p);
+#else
+  Vec v = zero();
+  std::memcpy(&v, p, (size_t)n * 2);
+  return v;
+#endif
+}
 // The first `count` lanes to memory.
 template <class T>
 FASTNN_INLINE void store_some(T* p, Vec v, int count) {

@@ -229,15 +229,6 @@ FASTNN_INLINE Vec load(const float* p) {
   return v;
 }
 FASTNN_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-// The same by two instructions, for what comes from memory in one long run.
-FASTNN_INLINE Vec load_in_halves(const float* p) {
-#if defined(__AVX512F__)
-  const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(p));
-  return (Vec)_mm512_insertf32x8(low, _mm256_loadu_ps(p + kLanes / 2), 1);
-#else
-  return load(p);
-#endif
-}
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 FASTNN_INLINE __m256i first_lanes(int n) {
@@ -264,17 +255,6 @@ FASTNN_INLINE void store_first(float* p, Vec v, int n) {
   _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
 #else
   for (int i = 0; i < n; ++i) p[i] = v[i];
-#endif
-}
-
-// The first n < 2 kLanes elements of 16 bits as they lie, zeros behind them.
-FASTNN_INLINE Vec load_first_halves(const void* p, int n) {
-#if defined(__AVX512BW__)
-  return (Vec)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), p);
-#else
-  Vec v = zero();
-  std::memcpy(&v, p, (size_t)n * 2);
-  return v;
 #endif
 }
 
