@@ -43,7 +43,7 @@ SEQUENCE_FAULTS = [
         DECODE,
         "last ? zero() : of(at + row_stride);",
         "of(at + row_stride);",
-        cell("attention-bf16-{isa}-contiguous"),
+        cell("attention-bf16-avx512_bf16-contiguous"),
         isa="avx512_bf16",
     ),
     Fault(
@@ -51,7 +51,7 @@ SEQUENCE_FAULTS = [
         DECODE,
         "        store(o, separate_halves<false>(low, high));\n",
         "        store(o, low);\n",
-        cell("attention-bf16-{isa}-contiguous"),
+        cell("attention-bf16-avx512_bf16-contiguous"),
         isa="avx512_bf16",
     ),
     Fault(
@@ -59,7 +59,7 @@ SEQUENCE_FAULTS = [
         DECODE,
         "return row < rows / kDecodeShared * kDecodeShared;",
         "return row < 0 * rows;",
-        ("tests/test_ops_attention.py::test_few_queries_weigh_in_backward_as_in_forward[bf16-{isa}]",),
+        ("tests/test_ops_attention.py::test_few_queries_weigh_in_backward_as_in_forward[bf16-avx512_bf16]",),
         isa="avx512_bf16",
     ),
     Fault(
