@@ -45,12 +45,29 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .quant import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, dequantize_, load, quantize_, save
+    from .distill import Distiller, distillation_loss, hidden_state_loss
+    from .prune import Shrink, shrink_
+    from .quant import (
+        Calibration,
+        Gptq,
+        Int4Int8Dynamic,
+        Int4WeightOnly,
+        Int8Dynamic,
+        Int8WeightOnly,
+        SmoothQuant,
+        dequantize_,
+        load,
+        quantize_,
+        save,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Distiller",
     "Explanation",
+    "Gptq",
     "Int4Int8Dynamic",
     "Int4WeightOnly",
     "Int8Dynamic",
@@ -58,6 +75,8 @@ __all__ = [
     "KVCache",
     "KernelRun",
     "Report",
+    "Shrink",
+    "SmoothQuant",
     "__version__",
     "accelerate",
     "add_layer_norm",
@@ -66,11 +85,13 @@ __all__ = [
     "attention_with_kv_cache",
     "cross_entropy",
     "dequantize_",
+    "distillation_loss",
     "dropout_add",
     "explain",
     "geglu",
     "gelu",
     "hardswish",
+    "hidden_state_loss",
     "info",
     "layer_norm",
     "linear",
@@ -94,6 +115,7 @@ __all__ = [
     "rope_tables",
     "save",
     "scaled_dot_product_attention",
+    "shrink_",
     "sigmoid",
     "silu",
     "softmax",
@@ -103,24 +125,32 @@ __all__ = [
     "use_backend",
 ]
 
-_FROM_QUANT = (
-    "Int4Int8Dynamic",
-    "Int4WeightOnly",
-    "Int8Dynamic",
-    "Int8WeightOnly",
-    "dequantize_",
-    "load",
-    "quantize_",
-    "save",
-)
+_LATER = {
+    "distill": ("Distiller", "distillation_loss", "hidden_state_loss"),
+    "prune": ("Shrink", "shrink_"),
+    "quant": (
+        "Calibration",
+        "Gptq",
+        "Int4Int8Dynamic",
+        "Int4WeightOnly",
+        "Int8Dynamic",
+        "Int8WeightOnly",
+        "SmoothQuant",
+        "dequantize_",
+        "load",
+        "quantize_",
+        "save",
+    ),
+}
+"""Module -> the public names that come from it, loaded where they are first asked for: `import fastnn` stays quick."""
 
 
 def __getattr__(name: str) -> Any:
-    """Loads quantisation where it is first asked for: `import fastnn` stays quick."""
-    if name != "quant" and name not in _FROM_QUANT:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    quant = importlib.import_module(".quant", __name__)
-    return quant if name == "quant" else getattr(quant, name)
+    for source, names in _LATER.items():
+        if name == source or name in names:
+            module = importlib.import_module(f".{source}", __name__)
+            return module if name == source else getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -137,15 +137,12 @@ def _rewrite(body: list[ast.stmt]) -> list[str]:
         if found is None:
             continue
         value, kept, norm = found
-        at = _sum_before(body, i, value)
-        if at is None:
+        taken = _sum_before(body, i, value)
+        if taken is None:
             continue
-        made = body[at]
-        assert isinstance(made, ast.Assign) and isinstance(made.value, ast.BinOp)
-        body[at] = _statement(f"{value} = {_SUM}(0, 0)")
-        body[at].value.args = [made.value.left, made.value.right]  # type: ignore[attr-defined]
-        for between in body[at + 1 : i]:
-            assert isinstance(between, ast.If)
+        at, a, b, branches = taken
+        body[at] = _statement(f"{value} = {_SUM}({a}, {b})")
+        for between in branches:
             for branch in (between.body, between.orelse):
                 if any(_reads(statement, value) for statement in branch):
                     branch.insert(0, _statement(f"{value} = {_TOTAL}({value})"))
@@ -169,16 +166,21 @@ def _kept_then_normed(first: ast.stmt, second: ast.stmt) -> tuple[str, str, str]
     return x, kept, norm.attr
 
 
-def _sum_before(body: list[ast.stmt], end: int, name: str) -> int | None:
-    """Where `name = a + b` stands, if nothing but branches that do not ask for it comes between."""
+def _sum_before(body: list[ast.stmt], end: int, name: str) -> tuple[int, str, str, list[ast.If]] | None:
+    """Where `name = a + b` stands, a, b, and the branches after it; None where anything else comes between."""
+    between: list[ast.If] = []
     for at in range(end - 1, -1, -1):
         statement = body[at]
-        if _assigned(statement) == name:
-            value = statement.value  # type: ignore[attr-defined]
-            plain = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add)
-            return at if plain and isinstance(value.left, ast.Name) and isinstance(value.right, ast.Name) else None
+        if isinstance(statement, ast.Assign) and _assigned(statement) == name:
+            value = statement.value
+            if not isinstance(value, ast.BinOp) or not isinstance(value.op, ast.Add):
+                return None
+            if not isinstance(value.left, ast.Name) or not isinstance(value.right, ast.Name):
+                return None
+            return at, value.left.id, value.right.id, between
         if not isinstance(statement, ast.If) or _reads(statement.test, name):
             return None
+        between.append(statement)
     return None
 
 
