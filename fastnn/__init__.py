@@ -45,6 +45,7 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from .decode import generate
     from .distill import Distiller, distillation_loss, hidden_state_loss
     from .prune import Shrink, shrink_
     from .quant import (
@@ -57,9 +58,11 @@ if TYPE_CHECKING:
         SmoothQuant,
         dequantize_,
         load,
+        load_gguf,
         quantize_,
         save,
     )
+    from .to_onnx import export
 
 __version__ = "0.1.0"
 
@@ -88,8 +91,10 @@ __all__ = [
     "distillation_loss",
     "dropout_add",
     "explain",
+    "export",
     "geglu",
     "gelu",
+    "generate",
     "hardswish",
     "hidden_state_loss",
     "info",
@@ -99,6 +104,7 @@ __all__ = [
     "linear_groupwise",
     "linear_int8",
     "load",
+    "load_gguf",
     "log_softmax",
     "masked_softmax",
     "memory",
@@ -126,6 +132,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "decode": ("generate",),
     "distill": ("Distiller", "distillation_loss", "hidden_state_loss"),
     "prune": ("Shrink", "shrink_"),
     "quant": (
@@ -138,9 +145,11 @@ _LATER = {
         "SmoothQuant",
         "dequantize_",
         "load",
+        "load_gguf",
         "quantize_",
         "save",
     ),
+    "to_onnx": ("export",),
 }
 """Module -> the public names that come from it, loaded where they are first asked for: `import fastnn` stays quick."""
 

@@ -4,7 +4,8 @@ from .calibration import Calibration
 from .config import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly
 from .container import FormatError
 from .files import load, save
-from .gguf import Gguf, GgufTensor, load_gguf
+from .gguf import Gguf, GgufTensor
+from .gguf_models import load_gguf
 from .gptq import Gptq
 from .quantize import dequantize_, quantize_
 from .report import Entry, Report

@@ -9,6 +9,7 @@ from __future__ import annotations
 from fault import Fault as Fault
 from faults_attention import ATTENTION_FAULTS, LOSS_FAULTS
 from faults_calibration import CALIBRATION_FAULTS
+from faults_generate import GENERATE_FAULTS
 from faults_groupwise import GROUPWISE_FAULTS
 from faults_int8 import INT8_FAULTS
 from faults_losses import LINEAR_LOSS_FAULTS
@@ -33,6 +34,7 @@ FAULTS = [
     *ROPE_FAULTS,
     *MLP_FAULTS,
     *GROUPWISE_FAULTS,
+    *GENERATE_FAULTS,
     *INT8_FAULTS,
     *CALIBRATION_FAULTS,
     *PRUNE_FAULTS,
