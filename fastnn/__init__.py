@@ -46,12 +46,32 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .quant import Int4Int8Dynamic, Int4WeightOnly, Int8Dynamic, Int8WeightOnly, dequantize_, load, quantize_, save
+    from .decode import generate
+    from .distill import Distiller, distillation_loss, hidden_state_loss
+    from .prune import Shrink, shrink_
+    from .quant import (
+        Calibration,
+        Gptq,
+        Int4Int8Dynamic,
+        Int4WeightOnly,
+        Int8Dynamic,
+        Int8WeightOnly,
+        SmoothQuant,
+        dequantize_,
+        load,
+        load_gguf,
+        quantize_,
+        save,
+    )
+    from .to_onnx import export
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Distiller",
     "Explanation",
+    "Gptq",
     "Int4Int8Dynamic",
     "Int4WeightOnly",
     "Int8Dynamic",
@@ -59,6 +79,8 @@ __all__ = [
     "KVCache",
     "KernelRun",
     "Report",
+    "Shrink",
+    "SmoothQuant",
     "__version__",
     "accelerate",
     "add_layer_norm",
@@ -68,11 +90,15 @@ __all__ = [
     "block_sparse_linear",
     "cross_entropy",
     "dequantize_",
+    "distillation_loss",
     "dropout_add",
     "explain",
+    "export",
     "geglu",
     "gelu",
+    "generate",
     "hardswish",
+    "hidden_state_loss",
     "info",
     "layer_norm",
     "linear",
@@ -80,6 +106,7 @@ __all__ = [
     "linear_groupwise",
     "linear_int8",
     "load",
+    "load_gguf",
     "log_softmax",
     "masked_softmax",
     "memory",
@@ -96,6 +123,7 @@ __all__ = [
     "rope_tables",
     "save",
     "scaled_dot_product_attention",
+    "shrink_",
     "sigmoid",
     "silu",
     "softmax",
@@ -106,24 +134,35 @@ __all__ = [
     "use_backend",
 ]
 
-_FROM_QUANT = (
-    "Int4Int8Dynamic",
-    "Int4WeightOnly",
-    "Int8Dynamic",
-    "Int8WeightOnly",
-    "dequantize_",
-    "load",
-    "quantize_",
-    "save",
-)
+_LATER = {
+    "decode": ("generate",),
+    "distill": ("Distiller", "distillation_loss", "hidden_state_loss"),
+    "prune": ("Shrink", "shrink_"),
+    "quant": (
+        "Calibration",
+        "Gptq",
+        "Int4Int8Dynamic",
+        "Int4WeightOnly",
+        "Int8Dynamic",
+        "Int8WeightOnly",
+        "SmoothQuant",
+        "dequantize_",
+        "load",
+        "load_gguf",
+        "quantize_",
+        "save",
+    ),
+    "to_onnx": ("export",),
+}
+"""Module -> the public names that come from it, loaded where they are first asked for: `import fastnn` stays quick."""
 
 
 def __getattr__(name: str) -> Any:
-    """Loads quantisation where it is first asked for: `import fastnn` stays quick."""
-    if name != "quant" and name not in _FROM_QUANT:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    quant = importlib.import_module(".quant", __name__)
-    return quant if name == "quant" else getattr(quant, name)
+    for source, names in _LATER.items():
+        if name == source or name in names:
+            module = importlib.import_module(f".{source}", __name__)
+            return module if name == source else getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastnn
+from fastnn.accelerate import residual
 from fastnn.demo import encoder
 from fastnn.demo.sentences import CANDIDATES, QUERIES
 from fastnn.demo.show import COSINE_LIMIT, _agreement
@@ -118,6 +119,81 @@ def test_norms_and_rotation_of_llamas_kind(name):
     assert not again.accelerated and not again._patches
     report.restore()
     assert [type(m) for m in model.modules()] == [type(m) for m in before.modules()]
+
+
+SUMMED = {"llama": ("LlamaModel", "post_attention_layernorm"), "gpt2": ("GPT2Model", "ln_2")}
+
+
+@pytest.mark.parametrize("name", SUMMED)
+@pytest.mark.parametrize("training", [False, True])
+def test_sums_before_norms_of_decoder_layers_are_in_them(name, training, monkeypatch):
+    """Each layer's second norm, in the same kernel as the sum that the layer keeps; gradients are checked too."""
+    kind, norm = SUMMED[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(TINY[name][1]).train(training)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    plain, tokens = copy.deepcopy(model), {"input_ids": torch.randint(0, 100, (2, 7))}
+    report = fastnn.accelerate(model, example_inputs=tokens)
+    assert report.verified and not any(e.reason.startswith("undone") for e in report.entries)
+    fused = [e for e in report.entries if e.became and e.became.endswith("Norm + sum")]
+    assert [e.name.rsplit(".", 1)[1] for e in fused] == [norm, norm]
+    sums = []
+    for function in ("add_layer_norm", "add_rms_norm"):
+        ours = getattr(residual, function)
+        monkeypatch.setattr(residual, function, lambda *a, ours=ours: sums.append(1) or ours(*a))
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        sums.clear()
+        torch.testing.assert_close(copied(**tokens)[0], plain(**tokens)[0], rtol=1e-4, atol=1e-5)
+        assert len(sums) == 2
+    layer = (model.layers if name == "llama" else model.h)[0]
+    handle = getattr(layer, norm).register_forward_hook(lambda *_: None)
+    sums.clear()
+    torch.testing.assert_close(model(**tokens)[0], plain(**tokens)[0], rtol=1e-4, atol=1e-5)
+    assert len(sums) == 1, "a norm with hooks is called"
+    handle.remove()
+    assert not fastnn.accelerate(model)._patches
+    report.restore()
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradient_checkpointing_stays_in_force(name):
+    """Each layer computes forward again in backward, though the layer's class has a forward of ours."""
+    kind, config, _ = TINY[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = {"input_ids": torch.randint(0, 100, (2, 7))}
+
+    def norms_in_a_step():
+        norms = []
+        kinds = [m for m in model.modules() if type(m).__name__.endswith("Norm")]
+        handles = [m.register_forward_hook(lambda *_: norms.append(1)) for m in kinds]
+        model(**tokens)[0].sum().backward()
+        for handle in handles:
+            handle.remove()
+        return len(norms)
+
+    plain = norms_in_a_step()
+    report = fastnn.accelerate(model)
+    assert any(e.became and e.became.endswith("+ sum") for e in report.entries)
+    assert norms_in_a_step() == plain
+    report.restore()
+
+
+def test_a_sum_that_a_branch_needs_is_taken_there():
+    """GPT-2's cross-attention stands between the sum and the norm: it needs the sum itself."""
+    config = transformers.GPT2Config(**GPT2, add_cross_attention=True)
+    torch.manual_seed(0)
+    model = transformers.GPT2Model(config).eval()
+    tokens = {"input_ids": torch.randint(0, 100, (2, 7)), "encoder_hidden_states": torch.randn(2, 5, 32)}
+    before = model(**tokens)[0]
+    with fastnn.accelerate(model, example_inputs=tokens) as report:
+        assert report.verified and not any("undone" in e.reason for e in report.entries)
+        assert sum(e.became == "fastnn.LayerNorm + sum" for e in report.entries) == 2
+        torch.testing.assert_close(model(**tokens)[0], before, rtol=1e-4, atol=1e-5)
 
 
 def test_a_norm_that_keeps_float32_is_left_to_transformers():

@@ -21,13 +21,13 @@ def text(value):
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
-def blocks_of(kind, rows, columns, seed):
+def blocks_of(kind, rows, columns, seed, size=1.0):
     """Random blocks as the format has them, and the values they stand for, block by block."""
     rng = random.Random(seed)
     data, values = bytearray(), torch.empty(rows, columns, dtype=torch.float64)
     for r in range(rows):
         for first in range(0, columns, 32):
-            ends = torch.tensor([rng.uniform(-1, 1), rng.uniform(-1, 1)]).half()
+            ends = torch.tensor([rng.uniform(-size, size), rng.uniform(-size, size)]).half()
             d, m = ends.double().tolist()
             data += ends[: 2 if kind == "Q4_1" else 1].numpy().tobytes()
             q = bytes(rng.randrange(256) for _ in range(32 if kind == "Q8_0" else 16))

@@ -91,6 +91,17 @@ class TestDropout:
             assert torch.equal(kept, dropout_mask((2, 2, sq, sk), drawn(), probability))
 
     @every_target
+    def test_windows_leave_the_mask_where_it_is(self, target):
+        """Blocks of keys that begin in the middle of a counter's four."""
+        q, k = torch.zeros(1, 1, 150, 4), torch.zeros(1, 1, 150, 4)
+        for left in (1, 2, 3, 53):
+            call = functools.partial(attention, q, k, torch.eye(150)[None, None], dropout_p=0.5, window=(left, 60))
+            with target.forced():
+                kept = seeded(call)[0, 0] != 0
+            near = torch.ones(150, 150, dtype=torch.bool).triu(-left).tril(60)
+            assert torch.equal(kept, near & dropout_mask((1, 1, 150, 150), drawn(), 0.5)[0, 0])
+
+    @every_target
     def test_fraction_kept_and_scale(self, target):
         with target.forced():
             found = weights(100, 250, 0.3)
@@ -149,6 +160,25 @@ class TestDropout:
         attention(*leaves, dropout_p=0.4)
         second = torch.autograd.grad(out.sum(), leaves)
         assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_few_queries_weigh_in_backward_as_in_forward(target, dtype):
+    """Scores so large that each query sees one key, and that two ways of adding one up differ by e^0.1 and more."""
+    draw = torch.Generator().manual_seed(3)
+    large = 100.0 if dtype == torch.float16 else 3000.0
+    q, k = (large * torch.randn(1, heads, n, 128, generator=draw) for heads, n in ((6, 1), (1, 300)))
+    v, grad = torch.randn(1, 1, 300, 16, generator=draw), torch.randn(1, 6, 1, 16, generator=draw)
+    q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
+    v.requires_grad_()
+    with target.forced():
+        out = attention(q, k, v, enable_gqa=True)
+        (found,) = torch.autograd.grad(out, v, grad)
+    seen = (q.double() @ k.double().mT).argmax(-1)[0, :, 0]
+    assert torch.equal(out[0, :, 0], v[0, 0, seen])
+    expected = torch.zeros(300, 16).index_add_(0, seen, grad[0, :, 0].float()).to(dtype)
+    assert torch.allclose(found[0, 0].float(), expected.float(), rtol=2e-2, atol=1e-3)
 
 
 @every_target

@@ -293,13 +293,60 @@ def test_explain_and_accelerate_know_the_layers(net):
     expected = net(IDS).detach()
     packed = net.body[0].packed._packed
     explained = {part.name: part for part in fastnn.explain(net, IDS).parts}
-    assert explained["body.0"].kernel == "linear_int8_fwd" and explained["body.0"].limit_ms > 0
+    assert explained["body.0"].kernel == "linear_int8_fwd + gelu" and explained["body.0"].limit_ms > 0
     assert net.body[0].packed._packed is packed, "running it aside does not cost the packed copy"
     report = fastnn.accelerate(net, example_inputs=IDS)
-    assert next(e.reason for e in report.entries if e.name == "body.0") == "is fastnn's already"
-    assert type(net.body[0]) is Int8Linear
+    assert next(e.reason for e in report.entries if e.name == "body.2") == "is fastnn's already"
+    assert (
+        next(e.became for e in report.entries if e.name == "body.0") == "fastnn.Int8Linear + gelu" and report.verified
+    )
+    assert type(net.body[0]) is type(net.body[2]) is Int8Linear
     report.restore()
     assert same_bits(net(IDS).detach(), expected)
+
+
+@pytest.mark.parametrize("config", (INT8, fastnn.Int4Int8Dynamic(8)), ids=str)
+def test_activations_stay_fused_in_either_order(extension, config):
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU()).eval()
+    x, plain = randn(5, 16), copy.deepcopy(model)
+    fastnn.quantize_(plain, config)
+    with torch.no_grad():
+        expected = plain(x)
+        fastnn.accelerate(plain)
+        fastnn.accelerate(model, example_inputs=x, freeze=True)
+        fastnn.quantize_(model, config)
+        for each in (plain, model):
+            with fastnn.record() as runs:
+                found = each(x)
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6) and not torch.equal(found, each[0](x))
+            assert sum("fwd" in run.kernel for run in runs) == 1, "no kernel of the activation's own"
+    handle = model[0].register_forward_hook(lambda module, args, output: output * 0)
+    assert not model(x).any(), "hooks run, so the layer runs by itself"
+    handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_torchs_encoder_layer_runs_its_codes(extension, tmp_path):
+    """Without gradients torch's fast path would read the codes as weights."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()
+
+    model, x = make(), randn(2, 5, 16)
+    with torch.no_grad():
+        floats = model(x)
+        fastnn.quantize_(model, INT8)
+        found = model(x)
+        assert 0 < (found - floats).norm() < 0.05 * floats.norm()
+        fastnn.save(model, tmp_path / "encoder.safetensors")
+        assert same_bits(fastnn.load(tmp_path / "encoder.safetensors", make())(x), found)
+        config = fastnn.Int4WeightOnly(8, rounding=fastnn.Gptq())
+        report = fastnn.quantize_(other := make(), config, calibration=[x])
+        assert "along layers (2)" in report.calibration and (other(x) - floats).norm() < 0.2 * floats.norm()
+    fastnn.dequantize_(model)
+    assert [layer.activation_relu_or_gelu for layer in model.layers] == [1, 1]
+    assert sorted(vars(model.layers[0])) == sorted(vars(make().layers[0]))
 
 
 # ---- codes in groups
@@ -392,4 +439,4 @@ def test_embeddings_give_rows_of_their_type(extension):
 def test_explain_knows_codes_in_groups(net, config):
     fastnn.quantize_(net, config, include="body.*")
     explained = {part.name: part for part in fastnn.explain(net, IDS).parts}
-    assert explained["body.0"].kernel == "linear_groupwise_fwd" and explained["body.0"].limit_ms > 0
+    assert explained["body.0"].kernel == "linear_groupwise_fwd + gelu" and explained["body.0"].limit_ms > 0

@@ -147,7 +147,12 @@ def test_every_public_name_is_documented():
 
 RUNNABLE = [
     pytest.param(code, id=f"{name(path)}-{i}")
-    for path in [ROOT / "README.md", ROOT / "docs/quantization.md", *sorted(ROOT.glob("docs/ops/*.md"))]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "docs/quantization.md",
+        ROOT / "docs/pruning.md",
+        *sorted(ROOT.glob("docs/ops/*.md")),
+    ]
     for i, code in enumerate(blocks(path, "python"))
 ]
 

@@ -94,6 +94,7 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& key_cache, const T
   p.H = q.size(1);
   p.S_q = q.size(2);
   p.D = q.size(3);
+  p.B = c.B;
   p.H_kv = c.H_kv;
   p.D_v = c.D_v;
   FASTNN_CHECK(q.size(0) == c.B && p.D == c.D, ValueError, "fastnn::", op, ": query must be (", c.B,
@@ -112,30 +113,8 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& q, const Tensor& key_cache, const T
   Tensor out = new_strided_output({c.B, p.H, p.S_q, p.D_v},
                                   {batch_stride, head_stride, row_stride, 1}, p.dtype);
   Tensor lse = new_output({c.B, p.H, p.S_q}, DType::kFloat32);
-  const int64_t element = element_bytes(p.dtype);
-  std::vector<AttentionFwdParams> sequences;
-  sequences.reserve(static_cast<size_t>(c.B));
-  for (int64_t b = 0; b < c.B;) {
-    // Neighbours of one length are one batch.
-    int64_t end = b + 1;
-    while (end < c.B && filled[end] == filled[b]) ++end;
-    const auto entry = [element, b](const Heads& h) {
-      return Heads{static_cast<const char*>(h.data) + b * h.batch_stride * element, h.batch_stride,
-                   h.head_stride, h.row_stride};
-    };
-    AttentionParams one = p;
-    one.B = end - b;
-    one.S_k = filled[b];
-    one.position = one.S_k - one.S_q;
-    one.q = entry(p.q);
-    one.k = entry(p.k);
-    one.v = entry(p.v);
-    sequences.push_back(
-        {one, static_cast<char*>(out.mutable_data_ptr()) + b * batch_stride * element, batch_stride,
-         head_stride, row_stride, static_cast<float*>(lse.mutable_data_ptr()) + b * p.H * p.S_q});
-    b = end;
-  }
-  attention_fwd(op, sequences.data(), static_cast<int64_t>(sequences.size()));
+  attention_cached(op, p, filled, out.mutable_data_ptr(), {batch_stride, head_stride, row_stride},
+                   static_cast<float*>(lse.mutable_data_ptr()));
   return {out, lse};
 }
 

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 
+#include "bindings/decoder.h"
 #include "bindings/tensor.h"
 #include "cpu/cache.h"
 #include "cpu/dispatch.h"
@@ -168,4 +169,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("streaming"), py::arg("threads"), py::arg("seconds"),
         "Bytes per second read and written over a working set of `bytes` for each thread; kind: "
         "read, copy, write; pages: small, huge.");
+  fastnn::add_decoder(m);
 }

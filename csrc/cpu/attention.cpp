@@ -257,4 +257,32 @@ void attention_append(const AttentionAppendParams& p) {
   });
 }
 
+void attention_cached(const char* op, const AttentionParams& p, const int64_t* filled, void* out,
+                      Strides out_strides, float* lse) {
+  const int64_t element = element_bytes(p.dtype);
+  std::vector<AttentionFwdParams> sequences;
+  sequences.reserve(static_cast<size_t>(p.B));
+  for (int64_t b = 0; b < p.B;) {
+    // Neighbours of one length are one batch.
+    int64_t end = b + 1;
+    while (end < p.B && filled[end] == filled[b]) ++end;
+    const auto entry = [element, b](const Heads& h) {
+      return Heads{static_cast<const char*>(h.data) + b * h.batch_stride * element, h.batch_stride,
+                   h.head_stride, h.row_stride};
+    };
+    AttentionParams one = p;
+    one.B = end - b;
+    one.S_k = filled[b];
+    one.position = one.S_k - one.S_q;
+    one.q = entry(p.q);
+    one.k = entry(p.k);
+    one.v = entry(p.v);
+    sequences.push_back({one, static_cast<char*>(out) + b * out_strides.batch * element,
+                         out_strides.batch, out_strides.head, out_strides.row,
+                         lse == nullptr ? nullptr : lse + b * p.H * p.S_q});
+    b = end;
+  }
+  attention_fwd(op, sequences.data(), static_cast<int64_t>(sequences.size()));
+}
+
 }  // namespace fastnn

@@ -24,4 +24,9 @@ struct AttentionAppendParams {
 };
 void attention_append(const AttentionAppendParams& p);
 
+// The forward pass from caches whose sequence b has filled[b] rows, the last S_q of which are the
+// queries' own: p has sizes and options without S_k and position, k and v are the caches.
+void attention_cached(const char* op, const AttentionParams& p, const int64_t* filled, void* out,
+                      Strides out_strides, float* lse);
+
 }  // namespace fastnn

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import Module
 
-from ..nn import LayerNorm, Linear, RMSNorm
+from ..nn import LayerNorm, Linear, QuantizedLinear, RMSNorm
 from ..nn.hooks import hooked, is_unchanged
 from ..nn.mlp import packed_of
 from ..ops.linear import ACTIVATIONS, linear_maybe_packed
@@ -26,7 +26,7 @@ from .purity import ABSENT, Guard
 from .trace import Trace, containers, trace
 
 LINEAR = (torch.nn.Linear, Linear)
-"""The exact classes whose calls are fused with an activation, beside transformers' Conv1D."""
+"""The exact classes whose calls are fused with an activation, beside transformers' Conv1D and layers on codes."""
 
 NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm, LayerNorm, RMSNorm)
 """The exact classes whose calls are fused with the sum before them."""
@@ -37,7 +37,7 @@ _PRODUCTS = (operator.mul, torch.mul)
 
 def is_linear(layer: Module) -> bool:
     """Whether calls of the layer are fused with an activation."""
-    return type(layer) in LINEAR or is_conv1d(layer)
+    return type(layer) in LINEAR or isinstance(layer, QuantizedLinear) or is_conv1d(layer)
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,8 @@ def linear_act(linear: Module, act: Module | None, activation: str, input: Tenso
         weight = linear.weight
         packed = None if linear.packed is None else linear.packed.get(weight, linear.training)
         return linear_maybe_packed(input, weight, linear.bias, activation, packed)
+    if isinstance(linear, QuantizedLinear) and is_unchanged(linear, type(linear)) and (act is None or not hooked(act)):
+        return linear.run(input, activation)
     if isinstance(linear, _Conv1D) and is_unchanged(linear, type(linear)) and (act is None or not hooked(act)):
         found = linear.run(input, activation)
         if found is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -88,7 +88,7 @@ def isolated(model: Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-def call(model: Module, example_inputs: Any) -> Any:
+def call(model: Callable[..., Any], example_inputs: Any) -> Any:
     """`model(x)`; a tuple is passed as positional arguments, a mapping as keyword arguments."""
     inputs = pytree.tree_map_only(Tensor, _copy, plain_inputs(example_inputs))
     if isinstance(inputs, dict):

@@ -39,17 +39,26 @@ class TheirRMSNorm(StandIn):
     def _forward_for(cls, base: type[Module]) -> Callable[..., Any]:
         @functools.wraps(base.forward)
         def forward(self: Any, hidden_states: Any) -> Any:
-            weight = self.weight
-            if (
-                isinstance(hidden_states, Tensor)
-                and hidden_states.dtype == weight.dtype
-                and hidden_states.dtype in _dispatch.KERNEL_DTYPES
-                and hidden_states.shape[-1:] == weight.shape
-            ):
-                return rms_norm(hidden_states, weight.shape, weight, getattr(self, _epsilon(self)))
+            if self.takes(hidden_states):
+                return rms_norm(hidden_states, self.weight.shape, self.weight, self.epsilon())
             return base.forward(self, hidden_states)
 
         return forward
+
+    def takes(self, hidden_states: Any) -> bool:
+        """Whether these are rows for our kernel."""
+        weight = self.weight
+        return (
+            isinstance(hidden_states, Tensor)
+            and hidden_states.dtype == weight.dtype
+            and hidden_states.dtype in _dispatch.KERNEL_DTYPES
+            and hidden_states.shape[-1:] == weight.shape
+        )
+
+    def epsilon(self) -> float:
+        """Added to the mean of the squares."""
+        found: float = getattr(self, _epsilon(self))  # type: ignore[arg-type]
+        return found
 
 
 def is_their_norm(module: Module) -> bool:

@@ -53,7 +53,8 @@ def accelerate(model: Module, *, example_inputs: Any = None, freeze: bool = Fals
     check_model("accelerate", model)
     found = survey(model, freeze)
     for fusion in found.fusions:
-        fusion.attributes[STATE].make(fusion.module)
+        if STATE in fusion.attributes:
+            fusion.attributes[STATE].make(fusion.module)
     changes = _Changes([f.patch for f in found.findings if f.patch is not None], found.fusions)
     with ExitStack() as undo:
         undo.callback(changes.undo)

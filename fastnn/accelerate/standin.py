@@ -57,4 +57,14 @@ def stand_in(mixin: type[StandIn], base: type[Module]) -> type[Module]:
             __doc__=base.__doc__,
         )
 
-    return types.new_class(base.__name__, (mixin, base), {}, body)
+    made = types.new_class(base.__name__, (mixin, base), {}, body)
+    for kind in base.__mro__:
+        if checkpoints(vars(kind).get("forward")):  # transformers wraps each class's forward as the class is made
+            base.__init_subclass__.__func__(made)  # type: ignore[attr-defined]
+            break
+    return made
+
+
+def checkpoints(forward: Any) -> bool:
+    """Whether it is the wrapper by which transformers' layers do gradient checkpointing, where it is the outermost."""
+    return isinstance(forward, types.FunctionType) and forward.__code__.co_name == "forward_with_checkpointing"

@@ -31,6 +31,7 @@ from .fuse import LINEAR, NORMS, Pair, Reading, is_linear, read
 from .fused import STATE, Fusion, fused_class, why_not_fused
 from .llama import TheirRMSNorm, calls_rotary, is_their_norm, why_not_our_norm
 from .report import Patch
+from .residual import Summing, sums_of
 from .standin import stand_in
 from .trace import Fused, containers
 
@@ -123,6 +124,10 @@ def survey(model: Module, freeze: bool = False) -> Survey:
             fusion = _look_for_pairs(module, findings)
             if fusion is not None:
                 fusions.append(fusion)
+    fused = {id(patch.module) for patch in fusions}
+    for _, module in modules:
+        if id(module) not in fused and (fusion := _sums_kept(module, findings)) is not None:
+            fusions.append(fusion)
     return Survey(list(findings.values()), fusions)
 
 
@@ -312,10 +317,25 @@ def _look_for_pairs(parent: Module, findings: dict[Module, Finding]) -> Patch | 
     return patch
 
 
+def _sums_kept(parent: Module, findings: dict[Module, Finding]) -> Patch | None:
+    """The change of a decoder layer whose sums go into its norms; notes which."""
+    norms = [findings.get(getattr(parent, name)) for name in sums_of(parent)]
+    ours = [norm for norm in norms if norm is not None and norm.fusion is None and _runs_on_ours(norm)]
+    if not ours:
+        return None
+    patch = Patch(parent, stand_in(Summing, type(parent)), {})
+    for norm in ours:
+        norm.fusion, norm.partner, norm.where = patch, "the sum before it", f"{type(parent).__name__}.forward"
+    return patch
+
+
 def _norms_of_sums(parent: Module, reading: Reading, findings: dict[Module, Finding]) -> list[Finding]:
     """The norms that a kernel will run together with a sum; those that fastnn leaves alone are not among them."""
-    norms = [findings[parent.get_submodule(found.norm)] for found in reading.sums]
-    return [norm for norm in norms if norm.patch is not None or (norm.backend and type(norm.module) in FASTNN)]
+    return [n for n in (findings[parent.get_submodule(found.norm)] for found in reading.sums) if _runs_on_ours(n)]
+
+
+def _runs_on_ours(norm: Finding) -> bool:
+    return norm.patch is not None or bool(norm.backend and isinstance(norm.module, (*FASTNN, TheirRMSNorm)))
 
 
 def _inside_a_container(parent: Module, pair: Pair) -> bool:

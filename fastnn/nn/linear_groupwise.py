@@ -57,12 +57,12 @@ class GroupwiseLinear(QuantizedLinear):
         self.weight, self.weight_scale, self.weight_offset, self.bias = codes, scale, offset, bias
         return self
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`activation(input @ weight.T + bias)`; input (*, in_features), result (*, out_features)."""
+    def run(self, input: Tensor, activation: str | None) -> Tensor:
+        """As in the base class."""
         codes, scale, offset = self.weight, self.weight_scale, self.weight_offset
         packed = self.packed.get_groups(codes, scale, offset, self.in_features, self.group_size)
         return linear_groupwise_maybe_packed(
-            input, codes, scale, offset, self.bias, self.group_size, self.int8_input, self.activation, packed
+            input, codes, scale, offset, self.bias, self.group_size, self.int8_input, activation, packed
         )
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:

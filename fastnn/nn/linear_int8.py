@@ -70,10 +70,10 @@ class Int8Linear(QuantizedLinear):
         layer.weight, layer.weight_scale, layer.bias = codes, scale, bias
         return layer
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`activation(input @ weight.T + bias)`; input (*, in_features), result (*, out_features)."""
+    def run(self, input: Tensor, activation: str | None) -> Tensor:
+        """As in the base class."""
         packed = self.packed.get_codes(self.weight, self.weight_scale)
-        return linear_int8_maybe_packed(input, self.weight, self.weight_scale, self.bias, self.activation, packed)
+        return linear_int8_maybe_packed(input, self.weight, self.weight_scale, self.bias, activation, packed)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, (out_features, in_features)."""

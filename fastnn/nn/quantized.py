@@ -115,6 +115,14 @@ class QuantizedLinear(QuantizedModule):
         self.register_parameter("bias", zeros)
         self.packed = PackedCodes()
 
+    @abstractmethod
+    def run(self, input: Tensor, activation: str | None) -> Tensor:
+        """`activation(input @ weight.T + bias)`, whatever the layer's own activation is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`activation(input @ weight.T + bias)`; input (*, in_features), result (*, out_features)."""
+        return self.run(input, self.activation)
+
     def extra_repr(self) -> str:
         """The constructor's arguments."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -115,6 +115,8 @@ class AttentionVarlenFunction(torch.autograd.Function):
             again, _lse = attention_varlen_reference(query, key, value, bounds_q, bounds_k, seed, ctx.options)
             found = differentiate(again, (query, key, value), ctx.needs_input_grad, grad)
         else:
+            # Without features attention goes through float32 here for the kernels of GPUs, which round the weights to
+            # half precision; those of CPUs, the only ones of this op, keep them in float32 unless there are pairs.
             bwd = _dispatch.KERNELS["attention_varlen"][ctx.backend].bwd
             found = bwd(grad, query, key, value, bounds_q, bounds_k, seed, out, lse, *ctx.options, True)
         return *found, None, None, None, None, None

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch.nn import Module
 
+from .gptq import Gptq
+from .smooth import SmoothQuant
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Config:
     """Base of the configurations."""
 
     def to_json(self) -> dict[str, Any]:
-        """Name and fields, for a file's header."""
-        return {"config": type(self).__name__, **asdict(self)}
+        """Name and fields, without those that are None, for a file's header."""
+        return {"config": type(self).__name__, **{k: v for k, v in asdict(self).items() if v is not None}}
+
+    def __repr__(self) -> str:
+        given = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
 
 
-@dataclass(frozen=True)
+def _check_method(config: Config, name: str, kind: type) -> None:
+    method = getattr(config, name)
+    if method is not None and type(method) is not kind:
+        raise TypeError(
+            f"fastnn.{type(config).__name__}: {name} must be a fastnn.{kind.__name__} or None, got {method!r}"
+        )
+
+
+@dataclass(frozen=True, repr=False)
 class Int8Dynamic(Config):
     """Weights as int8 codes, a scale for each output; inputs rounded to int8 on the way, a scale for each row.
 
@@ -26,13 +41,20 @@ class Int8Dynamic(Config):
     (`fastnn.linear_int8`).
     """
 
+    smooth: SmoothQuant | None = None
+    """Whether the spread of activations moves into the weights first; needs a calibration."""
 
-def _check_group_size(config: Config, group_size: object) -> None:
+    def __post_init__(self) -> None:
+        _check_method(self, "smooth", SmoothQuant)
+
+
+def _check_groups(config: Config, group_size: object) -> None:
     if type(group_size) is not int or group_size < 1:
         raise ValueError(f"fastnn.{type(config).__name__}: group_size must be a positive int, got {group_size!r}")
+    _check_method(config, "rounding", Gptq)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int8WeightOnly(Config):
     """Weights as int8 codes that share a float16 scale in groups along a row; inputs keep their precision.
 
@@ -41,12 +63,14 @@ class Int8WeightOnly(Config):
 
     group_size: int = 128
     """Columns that share a scale; the last group of a row may be shorter."""
+    rounding: Gptq | None = None
+    """How dense layers' codes are chosen: to nearest, or by a calibration. Embeddings are rounded to nearest."""
 
     def __post_init__(self) -> None:
-        _check_group_size(self, self.group_size)
+        _check_groups(self, self.group_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int4WeightOnly(Config):
     """Weights as codes of 4 bits that share a float16 scale in groups along a row; inputs keep their precision.
 
@@ -57,12 +81,14 @@ class Int4WeightOnly(Config):
     """Columns that share a scale; the last group of a row may be shorter."""
     symmetric: bool = True
     """weight = scale * (code - 8); else each group has an offset, too: weight = scale * code + offset."""
+    rounding: Gptq | None = None
+    """How dense layers' codes are chosen: to nearest, or by a calibration. Embeddings are rounded to nearest."""
 
     def __post_init__(self) -> None:
-        _check_group_size(self, self.group_size)
+        _check_groups(self, self.group_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int4Int8Dynamic(Config):
     """Weights as `Int4WeightOnly`'s, inputs rounded to int8 on the way, a scale for each row.
 
@@ -73,9 +99,11 @@ class Int4Int8Dynamic(Config):
     """Columns that share a scale; the last group of a row may be shorter."""
     symmetric: bool = True
     """As `Int4WeightOnly`'s."""
+    rounding: Gptq | None = None
+    """As `Int4WeightOnly`'s."""
 
     def __post_init__(self) -> None:
-        _check_group_size(self, self.group_size)
+        _check_groups(self, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +114,8 @@ class Recipe:
     """Why a layer cannot be quantised, in words; empty where it can."""
     quantized: Callable[[Module], Module]
     """A quantised layer that does what the given one does; the given one stays as it is."""
+    method: Gptq | SmoothQuant | None = None
+    """What decides on a dense layer by a calibration."""
 
 
 RECIPES: dict[type[Config], Callable[[Config], Recipe]] = {}

@@ -44,7 +44,7 @@ class FormatError(ValueError):
     """The file is not what `fastnn.save` wrote: truncated, altered, or somebody else's."""
 
 
-def _bytes(t: Tensor) -> memoryview:
+def bytes_of(t: Tensor) -> memoryview:
     """The tensor's memory, little-endian, in row-major order."""
     flat = t.detach().cpu().contiguous().reshape(-1)
     bytes_: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
@@ -71,7 +71,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], kept: Mapping[str, Any]) ->
             raise TypeError(f"fastnn.save: cannot store {name!r}, a {t.layout} tensor of {t.dtype} on {t.device}")
         end = offset + t.numel() * t.element_size()
         header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
-        sums[name], offset = hashlib.sha256(_bytes(t)).hexdigest(), end
+        sums[name], offset = hashlib.sha256(bytes_of(t)).hexdigest(), end
     ours = json.dumps({**kept, "sha256": sums})
     text = json.dumps({"__metadata__": {"format": "pt", "fastnn": ours, "digest": _ZEROS}, **header})
     raw = (text + " " * (-len(text.encode()) % 8)).encode()
@@ -79,7 +79,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], kept: Mapping[str, Any]) ->
     raw = raw.replace(_ZEROS.encode(), digest.encode(), 1)
     if len(raw) > _MOST_HEADER:
         raise TypeError(f"fastnn.save: the names of {len(tensors)} tensors take more than {_MOST_HEADER} bytes")
-    _replace(path, [_LENGTH.pack(len(raw)), raw, *(_bytes(t) for t in tensors.values())])
+    _replace(path, [_LENGTH.pack(len(raw)), raw, *(bytes_of(t) for t in tensors.values())])
 
 
 def _replace(path: Path, parts: list[bytes | memoryview]) -> None:

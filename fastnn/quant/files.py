@@ -14,6 +14,7 @@ from torch.nn import Module
 from .. import nn
 from ..accelerate.isolate import check_model
 from .container import FormatError, read, write
+from .encoder import mind_fast_path
 from .linear import float_weight, is_conv1d
 from .quantize import become
 
@@ -93,6 +94,7 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
             like = torch.empty_like(state[key], device=weight.device)
             made._buffers[buffer] = codes.setdefault(shared.get(key, key), like)
         become(module, made)
+    mind_fast_path(model)
     model.load_state_dict(state, strict=True)
     return model
 

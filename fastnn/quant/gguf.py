@@ -10,20 +10,15 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from .. import nn
-from ..accelerate.isolate import check_model
 from .container import FormatError
-from .linear import is_conv1d
-from .quantize import become
 
 BLOCK = 32
 """Of a row, in one block of codes."""
@@ -174,7 +169,8 @@ class Gguf:
         shape = tuple(reader.number("<Q") for _ in range(dimensions))[::-1]
         return name, reader.number("<I"), shape, reader.number("<Q")
 
-    def _entry(self, name: str) -> GgufTensor:
+    def entry(self, name: str) -> GgufTensor:
+        """What the file says of a tensor; KeyError where it has none of that name."""
         if name not in self.tensors:
             raise KeyError(f"{self.path} has no tensor {name!r}")
         return self.tensors[name]
@@ -191,7 +187,7 @@ class Gguf:
             KeyError: there is none of that name.
             TypeError: it is one of codes.
         """
-        entry = self._entry(name)
+        entry = self.entry(name)
         dtype = dict(_PLAIN.values()).get(entry.kind)
         if dtype is None:
             raise TypeError(f"{self.path}: {name!r} is of kind {entry.kind}, not a floating tensor")
@@ -207,7 +203,7 @@ class Gguf:
             TypeError: it is of another kind or does not have two dimensions.
             FormatError: a scale that is not finite.
         """
-        entry = self._entry(name)
+        entry = self.entry(name)
         size = dict(_CODES.values()).get(entry.kind)
         if size is None or len(entry.shape) != 2:
             raise TypeError(
@@ -227,15 +223,29 @@ class Gguf:
         low, high = (even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)
         return torch.cat((low, high), -1).reshape(rows, columns // 2), scale, offset
 
-    def linear(self, name: str, bias: torch.nn.Parameter | None = None) -> nn.GroupwiseLinear:
-        """A dense layer on the codes of a tensor; see `codes` for what is raised."""
+    def linear(
+        self,
+        name: str,
+        bias: torch.nn.Parameter | None = None,
+        *,
+        rows: Tensor | None = None,
+        int8_input: bool = False,
+    ) -> nn.GroupwiseLinear:
+        """A dense layer on the codes of a tensor, its row i the file's row `rows[i]`; see `codes` for what is raised.
+
+        `int8_input` is for codes of 4 bits; those of 8 bits multiply inputs as they are.
+        """
         codes, scale, offset = self.codes(name)
-        rows, columns = self.tensors[name].shape
+        if rows is not None:  # a group lies within a row: nothing is rounded again
+            codes, scale, offset = codes[rows], scale[rows], None if offset is None else offset[rows]
+        outputs, columns = self.tensors[name].shape
         layer: nn.GroupwiseLinear
         if codes.dtype == torch.int8:
-            layer = nn.Int8WeightOnlyLinear(columns, rows, False, "meta", group_size=BLOCK)
+            layer = nn.Int8WeightOnlyLinear(columns, outputs, False, "meta", group_size=BLOCK)
         else:
-            layer = nn.Int4Linear(columns, rows, False, "meta", group_size=BLOCK, symmetric=offset is None)
+            layer = nn.Int4Linear(
+                columns, outputs, False, "meta", group_size=BLOCK, symmetric=offset is None, int8_input=int8_input
+            )
         layer.weight, layer.weight_scale, layer.weight_offset, layer.bias = codes, scale, offset, bias
         return layer
 
@@ -261,76 +271,3 @@ def _size(reader: _Reader, name: str, kind: int, shape: tuple[int, ...]) -> tupl
     if not shape or shape[-1] % BLOCK:
         raise reader.fail(f"{name!r} of shape {shape} has no whole blocks")
     return _CODES[kind][0], count // BLOCK * _CODES[kind][1]
-
-
-def load_gguf(path: str | os.PathLike[str], model: Module, names: Mapping[str, str]) -> Module:
-    """Gives a model the tensors of a GGUF file, in place.
-
-    Layers whose tensor holds codes become `Int4Linear`, `Int8WeightOnlyLinear` or their embeddings, as
-    `fastnn.quantize_` would make them; one tensor for several layers is shared by them. Floating tensors are copied.
-    Nothing is changed before all have been read and fit.
-
-    Args:
-        path: the file.
-        model: any module.
-        names: path of a parameter in the model ("layers.0.mlp.weight") -> the tensor's name in the file.
-
-    Returns:
-        `model`.
-
-    Raises:
-        FormatError: (a ValueError) the file is truncated, or no GGUF file.
-        KeyError: a name that the model or the file lacks.
-        RuntimeError: a tensor that does not fit.
-        OSError: the file cannot be read.
-    """
-    check_model("load_gguf", model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    plain: list[tuple[Tensor, Tensor]] = []
-    changed: dict[Module, nn.QuantizedModule] = {}
-    known: dict[str, nn.QuantizedModule] = {}
-    with Gguf(path) as file:
-        for target, source in names.items():
-            if target not in parameters:
-                raise KeyError(f"fastnn.load_gguf: the model has no parameter {target!r}")
-            parameter, entry = parameters[target], file._entry(source)
-            module = model.get_submodule(target.rpartition(".")[0])
-            if tuple(parameter.shape) != entry.shape:
-                shapes = f"{entry.shape} in the file, {tuple(parameter.shape)} in the model"
-                raise RuntimeError(f"fastnn.load_gguf: {target} is {shapes}")
-            if entry.kind in dict(_PLAIN.values()):
-                plain.append((parameter, file.tensor(source)))
-                continue
-            made = _made(file, source, module, target)
-            if source in known:
-                for name, buffer in known[source]._buffers.items():
-                    made._buffers[name] = buffer
-            known[source] = made
-            changed[module] = made.train(module.training)
-    with torch.no_grad():
-        for into, values in plain:
-            into.copy_(values)
-    for module, made in changed.items():
-        become(module, made)
-    return model
-
-
-def _made(file: Gguf, source: str, module: Module, target: str) -> nn.QuantizedModule:
-    weight: Any = module._parameters.get("weight")
-    if not target.endswith("weight") or weight is None or is_conv1d(module):
-        raise RuntimeError(
-            f"fastnn.load_gguf: {target} cannot take codes: it is no dense layer's or embedding's weight"
-        )
-    made: nn.QuantizedModule
-    if type(module) is torch.nn.Embedding:
-        made = file.embedding(source, weight.dtype)
-    elif type(module) in (torch.nn.Linear, nn.Linear):
-        layer: Any = module
-        made = file.linear(source, layer.bias)
-        vars(made)["activation"] = getattr(module, "activation", None)
-    else:
-        kind = type(module).__name__
-        raise RuntimeError(f"fastnn.load_gguf: {target} cannot take codes: {kind} is no plain dense layer or embedding")
-    for name, buffer in made._buffers.items():
-        made._buffers[name] = None if buffer is None else buffer.to(weight.device)
-    return made

@@ -94,7 +94,8 @@ def _recipe(
                 layer = _dense(make, module)
         return layer.train(module.training)
 
-    return Recipe(partial(_why_not, made, table, type(config).__name__), quantized)
+    method = getattr(config, "smooth", None) or getattr(config, "rounding", None)
+    return Recipe(partial(_why_not, made, table, type(config).__name__), quantized, method)
 
 
 def _none(config: Config) -> dict[str, Any]:

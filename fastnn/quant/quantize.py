@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +13,9 @@ from torch.nn import Module
 
 from .. import nn
 from ..accelerate.isolate import check_model
+from .calibration import Calibration, Outcome, Target, calibrate
 from .config import Recipe, recipes_of
+from .encoder import mind_fast_path
 from .linear import is_conv1d  # and registers its recipes
 from .measure import Times, compare, first_inputs
 from .report import Entry, Report
@@ -47,6 +49,8 @@ class _Layer:
     made: Module | None = None
     input: Tensor | None = None
     times: Times | None = None
+    error: float | None = None
+    nearest: float | None = None
     tied: list[_Layer] = field(default_factory=list)
     """The layers that share its weight, itself included, in the model's order."""
 
@@ -60,6 +64,7 @@ def quantize_(
     exclude: Patterns = (),
     example_inputs: Any = None,
     max_slowdown: float = 1.0,
+    calibration: Iterable[Any] | Calibration | None = None,
 ) -> Report:
     """Quantises the model's layers in place and says of each what became of it, or why nothing did.
 
@@ -80,6 +85,9 @@ def quantize_(
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments. The model is run on them
             once, leaving it as it was, and each layer is measured before and after on inputs of the shapes it got.
         max_slowdown: a layer that would take more than so many times as long is left alone.
+        calibration: samples, each as `example_inputs`, for configurations with `rounding` or `smooth`: the model is run
+            on them, in evaluation mode, leaving it as it was, one block at a time where it has a list of blocks. A
+            `fastnn.Calibration` for more options. Layers that share their codes are rounded to nearest.
 
     Returns:
         The report. A layer is left alone, with the reason, where it cannot be quantised, is not chosen, or would be
@@ -88,7 +96,8 @@ def quantize_(
 
     Raises:
         TypeError: `model` is no module, `config` no configuration.
-        ValueError: a pattern that matches no layer, `max_slowdown` not above zero.
+        ValueError: a pattern that matches no layer, `max_slowdown` not above zero, a calibration that is missing, or
+            that nothing asks for, or without inputs.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU())
@@ -100,6 +109,12 @@ def quantize_(
         raise ValueError(f"fastnn.quantize_: max_slowdown must be above 0, got {max_slowdown}")
     layers = list(_layers(model))
     recipes = recipes_of(config)
+    asked = any(recipe is not None and recipe.method is not None for _, recipe in recipes)
+    if asked != (calibration is not None):
+        missing = "the configuration's rounding or smooth needs calibration="
+        raise ValueError(
+            f"fastnn.quantize_: {missing if asked else 'nothing in the configuration asks for calibration'}"
+        )
     _patterns("config", tuple(pattern for pattern, _ in recipes if pattern != "*"), layers)
     for layer in layers:
         layer.recipe = next((recipe for pattern, recipe in recipes if fnmatchcase(layer.name, pattern)), None)
@@ -111,11 +126,16 @@ def quantize_(
     for layer in chosen:
         _prepare(layer)
     _measure([layer for layer in chosen if layer.input is not None], max_slowdown)
+    text = repr(dict(config) if isinstance(config, Mapping) else config)
+    found = None if calibration is None else _calibrate(model, chosen, calibration, text)
     entries = tuple(_entries(layers))
+    for change in found.changes if found is not None else ():
+        change.commit()
     for layer in chosen:
         if layer.made is not None and not layer.reason:
             become(layer.module, layer.made)
-    return Report(entries, repr(dict(config) if isinstance(config, Mapping) else config))
+    mind_fast_path(model)
+    return Report(entries, text, "" if found is None else found.text)
 
 
 def _layers(model: Module) -> Iterator[_Layer]:
@@ -185,6 +205,30 @@ def _prepare(layer: _Layer) -> None:
             setattr(made, name, buffer)
 
 
+def _calibrate(model: Module, chosen: list[_Layer], calibration: Any, config: str) -> Outcome:
+    """Lets a calibration decide on the dense layers that have codes of their own, and ask for it."""
+    targets: dict[Module, Target] = {}
+    ready: dict[Module, Module] = {}
+    for layer in chosen:
+        if layer.reason or layer.made is None or layer.recipe is None:
+            continue
+        method, made = layer.recipe.method, layer.made
+        if method is None or not isinstance(made, nn.QuantizedLinear):
+            ready[layer.module] = made
+        elif len(layer.tied) > 1:
+            ready[layer.module], layer.remark = made, "rounded to nearest: other layers share its codes"
+        else:
+            targets[layer.module] = Target(layer.name, layer.module, method, layer.recipe.quantized, made)
+    given = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    found = calibrate(model, list(targets.values()), ready, given, config)
+    for layer in chosen:
+        target = targets.get(layer.module)
+        if target is not None:
+            layer.made, layer.error, layer.nearest = target.made, target.error, target.nearest
+            layer.remark = "; ".join(filter(None, [layer.remark, target.remark]))
+    return found
+
+
 def _signature(layer: _Layer, input: Tensor) -> tuple[Any, ...]:
     module = layer.module
     bias, activation = getattr(module, "bias", None), getattr(module, "activation", None)
@@ -238,6 +282,8 @@ def _entries(layers: list[_Layer]) -> list[Entry]:
                 None if layer.input is None else tuple(layer.input.shape),
                 None if times is None else times.before,
                 None if times is None else times.after,
+                layer.error,
+                layer.nearest,
             )
         )
     return found
@@ -291,6 +337,7 @@ def dequantize_(model: Module) -> tuple[str, ...]:
             weight = layer.dequantized(origin.dtype)
             shared[key] = torch.nn.Parameter(weight.t().contiguous() if transposed else weight, origin.requires_grad)
         _revert(layer, origin, shared[key])
+    mind_fast_path(model)
     return tuple(name for name, _ in found)
 
 

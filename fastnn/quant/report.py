@@ -31,6 +31,10 @@ class Entry:
     """Median time of the layer as it was, on an input of that shape; None where it was not measured."""
     ms_after: float | None = None
     """The same of the quantised layer, of one that was left alone because it is slower, too."""
+    error: float | None = None
+    """Of its outputs on the calibration, norm of the difference / norm; None where GPTQ did not choose its codes."""
+    error_nearest: float | None = None
+    """What that would be with every weight rounded to nearest."""
 
     @property
     def speedup(self) -> float | None:
@@ -46,6 +50,10 @@ def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g} %"
+
+
 def _shape(entry: Entry) -> str:
     return "" if entry.input_shape is None else "x".join(map(str, entry.input_shape))
 
@@ -59,6 +67,8 @@ _COLUMNS = (
     Column("input", _shape, "right"),
     Column("ms before", lambda e: _ms(e.ms_before), "right"),
     Column("ms after", lambda e: _ms(e.ms_after), "right"),
+    Column("error, nearest", lambda e: _percent(e.error_nearest), "right"),
+    Column("error", lambda e: _percent(e.error), "right"),
     Column("remark", lambda e: e.reason, style="yellow", wraps=True),
 )
 
@@ -70,6 +80,8 @@ class Report:
     entries: tuple[Entry, ...]
     config: str
     """The configuration, as it was given."""
+    calibration: str = ""
+    """How the model was run on the calibration, in words; empty where there was none."""
 
     @property
     def quantized(self) -> tuple[Entry, ...]:
@@ -95,7 +107,8 @@ class Report:
     def summary(self) -> str:
         """One line."""
         done = f"{len(self.quantized)} of {len(self.entries)} layers quantised"
-        return f"{self.config}: {done}, {_bytes(self.bytes_before)} of weights became {_bytes(self.bytes_after)}"
+        text = f"{self.config}: {done}, {_bytes(self.bytes_before)} of weights became {_bytes(self.bytes_after)}"
+        return "; ".join(filter(None, [text, self.calibration]))
 
     def _tables(self, make: Callable[..., Any]) -> list[Any]:
         parts = (("Quantised", self.quantized), ("Left alone", self.skipped))

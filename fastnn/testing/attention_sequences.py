@@ -191,6 +191,7 @@ def varlen_cases() -> Iterator[Case]:
     yield _Varlen((), ()).case("no_sequences", "empty", bites=False)
     yield _Varlen((4, 0, 3), (0, 0, 6)).case("without_keys", "empty")
     yield _Varlen((47, 17, 1), (95, 33, 2), d=9, dv=33).case("47_17_1", "tail")
+    yield _Varlen((50, 3), (40, 9), d=0, dv=8).case("without_features", "empty")
 
 
 def cache_cases() -> Iterator[Case]:

@@ -113,8 +113,8 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: the sum of dO times O is left out of the gradient",
         ATTENTION_BWD,
-        "(load(m.ds + j * kQueries + r) - load(m.delta + r));",
-        "load(m.ds + j * kQueries + r);",
+        "(dp - load(m.delta + r));",
+        "dp;",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(
@@ -134,15 +134,36 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: backward drops other weights than forward",
         ATTENTION_BWD,
-        "if (p.dropout > 0.f) drop(p, t, j0, keys, m.p);",
-        "if (p.dropout > 0.f) drop(p, t, j0 + 4, keys, m.p);",
+        "each_keep(p, t, j0, keys,",
+        "each_keep(p, t, j0 + 4, keys,",
         ("tests/test_ops_attention.py::TestDropout::test_backward_drops_what_forward_dropped",),
     ),
     Fault(
         "attention: dropped weights stay in the output",
         ATTENTION_SCORES,
-        "x[j * stride] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;",
-        "x[j * stride] *= keep_scale;",
+        "select((IVec)(random.x[i] < threshold), zero(), keep_scale)",
+        "keep_scale",
+        ("tests/test_ops_attention.py::TestDropout",),
+    ),
+    Fault(
+        "attention: every block of keys draws the first one's dropout",
+        ATTENTION_SCORES,
+        "t.first + r + i) + (uint64_t)j0 / 4;",
+        "t.first + r + i);",
+        ("tests/test_ops_attention.py::TestDropout",),
+    ),
+    Fault(
+        "attention: dropout's words are those of keys counted from the window's first",
+        ATTENTION_SCORES,
+        "for (int64_t j = -(j0 % 4); j < keys; j += 4) {",
+        "for (int64_t j = 0; j < keys; j += 4) {",
+        ("tests/test_ops_attention.py::TestDropout::test_windows_leave_the_mask_where_it_is[{isa}]",),
+    ),
+    Fault(
+        "decoding: dropped weights stay in the output",
+        ATTENTION_SCORES,
+        "x[j] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;",
+        "x[j] *= keep_scale;",
         ("tests/test_ops_attention.py::TestDropout",),
     ),
     Fault(

@@ -225,9 +225,30 @@ ROPE_FAULTS = [
     Fault(
         "accelerate: a norm's result has its input's type",
         LLAMA,
-        "                and hidden_states.dtype == weight.dtype\n",
+        "            and hidden_states.dtype == weight.dtype\n",
         "",
         ("tests/test_accelerate_models.py::test_a_norm_that_keeps_float32_is_left_to_transformers",),
+    ),
+    Fault(
+        "accelerate: a layer goes on with the norm where it keeps the sum",
+        "fastnn/accelerate/residual.py",
+        '{value}, {kept} = {_NORM}(self.{norm}, {value})")',
+        '{value} = {kept} = {_NORM}(self.{norm}, {value})[0]")',
+        ("tests/test_accelerate_models.py::test_sums_before_norms_of_decoder_layers_are_in_them",),
+    ),
+    Fault(
+        "accelerate: a branch finds a sum that is not taken",
+        "fastnn/accelerate/residual.py",
+        "                if any(_reads(statement, value) for statement in branch):\n",
+        "                if False:\n",
+        ("tests/test_accelerate_models.py::test_a_sum_that_a_branch_needs_is_taken_there",),
+    ),
+    Fault(
+        "accelerate: gradient checkpointing ends",
+        "fastnn/accelerate/standin.py",
+        "        if checkpoints(",
+        "        if not kind and checkpoints(",
+        ("tests/test_accelerate_models.py::test_gradient_checkpointing_stays_in_force",),
     ),
     Fault(
         "rope: the rotation turns the wrong way",

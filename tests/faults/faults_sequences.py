@@ -39,6 +39,30 @@ SEQUENCE_FAULTS = [
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(
+        "decoding: the last odd key is paired with the row behind it",
+        DECODE,
+        "last ? zero() : of(at + row_stride);",
+        "of(at + row_stride);",
+        cell("attention-bf16-avx512_bf16-contiguous"),
+        isa="avx512_bf16",
+    ),
+    Fault(
+        "decoding: features stay in the order in which pairs of keys are interleaved",
+        DECODE,
+        "        store(o, separate_halves<false>(low, high));\n",
+        "        store(o, low);\n",
+        cell("attention-bf16-avx512_bf16-contiguous"),
+        isa="avx512_bf16",
+    ),
+    Fault(
+        "decoding: backward adds up every score as that of a row that shares no load",
+        DECODE,
+        "return row < rows / kDecodeShared * kDecodeShared;",
+        "return row < 0 * rows;",
+        ("tests/test_ops_attention.py::test_few_queries_weigh_in_backward_as_in_forward[bf16-avx512_bf16]",),
+        isa="avx512_bf16",
+    ),
+    Fault(
         "decoding: the logsumexp of a head lies where it would with one sequence",
         DECODE,
         "* p.lse_head_stride + r.query]",
@@ -55,8 +79,8 @@ SEQUENCE_FAULTS = [
     Fault(
         "attention_varlen: every sequence draws the first one's dropout",
         SCORES,
-        "const uint64_t row = p.first_draw + ",
-        "const uint64_t row = ",
+        "return p.first_draw + (uint64_t)(",
+        "return (uint64_t)(",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(

@@ -72,6 +72,10 @@ constexpr int group_tile_rows(int digits) {
   return digits == 1 ? 2 : 1;
 }
 
+// Tiles of several rows compute too long for the hardware to go on fetching: from memory a fourth
+// less time.
+constexpr int64_t kCodesAhead = 2048;
+
 struct GroupTile {
   const GroupLayout* layout;
   const char* codes;  // of the strip
@@ -122,6 +126,7 @@ FASTNN_INLINE void add_block(const GroupTile& g, int64_t b, Add add) {
         }
       }
     }
+    if constexpr (MR > 1) __builtin_prefetch(codes + kCodesAhead, 0, 3);
     codes += GroupLayout::kLine;
     a += kQuads * 4;
   }

@@ -58,6 +58,8 @@ template <class Dot, class T>
 FASTNN_INLINE Vec load_units_first(const T* p, int64_t elements) {
   if constexpr (Dot::kPerUnit == 1) {
     return load_first(p, (int)elements, 0.f);
+  } else if constexpr (Dot::kPerUnit == 2) {
+    return load_first_halves(p, (int)elements);
   } else {
     Vec v = zero();
     std::memcpy(&v, p, (size_t)elements * sizeof(T));

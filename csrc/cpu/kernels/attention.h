@@ -37,10 +37,9 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
   const Strips q = queries_in_lanes<Dot>(head_data<T>(p.q, t.b, t.head) + t.first * p.q.row_stride,
                                          p.q.row_stride, t, p.D, p.scale, scratch);
   const ScoreScale scale = score_scale<Dot>(p);
-  const Vec inside = splat(scale.inside);
-  auto scaled_minus = [inside](Vec x, Vec y) __attribute__((always_inline)) {
-    return Dot::kPerUnit == 2 ? fma(x, inside, -y) : x - y;
-  };
+  constexpr bool kPairs = Dot::kPerUnit == 2;
+  const Vec inside = splat(scale.inside);  // positive
+  const bool round_at_once = kPairs && !(p.dropout > 0.f);
   const int64_t key_begin = first_key<Dot>(t);
   if (key_begin == t.key_end) {
     for (int64_t i = 0; i < p.D_v * kQueries; i += kLanes) store(o + i, zero());
@@ -58,18 +57,32 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
     bool rescale = false;
     for (int64_t r = 0; r < width; r += kLanes) {
       const Vec before = load(running_max + r);
-      Vec m[2] = {before, before};
-      for (int64_t j = 0; j < keys; ++j)
-        m[j & 1] = max(scaled_minus(load(s + j * kQueries + r), zero()), m[j & 1]);
-      const Vec after = max(m[0], m[1]);
+      Vec m[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+      for (int64_t j = 0; j < keys; ++j) m[j & 1] = max(load(s + j * kQueries + r), m[j & 1]);
+      const Vec after = max(max(m[0], m[1]) * inside, before);
       // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out; every e^(-inf - 0) is 0.
       const Vec top = select(after == splat(-__builtin_inff()), zero(), after);
       const Vec correction = exp(before - top);
       Vec total[2] = {load(sum + r) * correction, zero()};
-      for (int64_t j = 0; j < keys; ++j) {
-        const Vec e = exp(scaled_minus(load(s + j * kQueries + r), top));
-        store(s + j * kQueries + r, e);
-        total[j & 1] += e;
+      auto weigh = [&](int64_t j, Vec& to) __attribute__((always_inline)) {
+        const Vec x = load(s + j * kQueries + r);
+        const Vec e = kPairs ? rough_exp(fma(x, inside, -top)) : exp(x - top);
+        to += e;
+        return e;
+      };
+      int64_t j = 0;
+      if (round_at_once) {  // in place: rows 2 i and 2 i + 1 have been read when row i is written
+        for (; j + 1 < keys; j += 2) {
+          const Vec even = weigh(j, total[0]), odd = weigh(j + 1, total[1]);
+          store(s + j / 2 * kQueries + r, to_bf16_pairs(even, odd));
+        }
+        if (j < keys) store(s + j / 2 * kQueries + r, to_bf16_pairs(weigh(j, total[0]), zero()));
+      } else {
+        for (; j + 1 < keys; j += 2) {
+          store(s + j * kQueries + r, weigh(j, total[0]));
+          store(s + (j + 1) * kQueries + r, weigh(j + 1, total[1]));
+        }
+        if (j < keys) store(s + j * kQueries + r, weigh(j, total[0]));
       }
       store(sum + r, total[0] + total[1]);
       store(running_max + r, after);
@@ -82,8 +95,12 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
           store(o + d * kQueries + r, load(o + d * kQueries + r) * load(factor + r));
       }
     }
-    if (p.dropout > 0.f) drop(p, t, j0, keys, s);
-    if constexpr (Dot::kPerUnit == 2) round_to_pairs(s, keys, width, s);
+    if (p.dropout > 0.f) {
+      each_keep(p, t, j0, keys, [&](int64_t j, int64_t r, Vec keep) __attribute__((always_inline)) {
+        store(s + j * kQueries + r, load(s + j * kQueries + r) * keep);
+      });
+      if constexpr (kPairs) round_to_pairs(s, keys, width, s);
+    }
     product<Dot>(p.D_v, t.strips, units_of(keys, Dot::kPerUnit),
                  from_unit(from.v, j0 / Dot::kPerUnit), {s, kStrip, kQueries}, o, kQueries,
                  j0 > key_begin);

@@ -7,11 +7,11 @@ namespace fastnn {
 namespace {
 
 // Scratch of backward: dk, dv sums | q, dO as lanes | dq sums | q, dO as rows | P | dP, dS | cap
-// slope | lse, delta, ones | scaled queries and scores of few.
+// slope | lse, delta, ones | a query and scores of few.
 int64_t attention_bwd_scratch(const AttentionParams& p) {
   const int64_t d = padded_features(p.D), dv = padded_features(p.D_v);
   return p.S_k * (d + dv) + kQueries * (2 * (p.D + p.D_v) + p.D + d + dv) + 3 * kQueries * kKeys +
-         3 * kQueries + kDecodeQueries * d + kDecodeKeys + 8 * kStrip;
+         3 * kQueries + d + kDecodeKeys + 8 * kStrip;
 }
 
 struct BackwardMemory {
@@ -36,7 +36,7 @@ inline BackwardMemory backward_memory(const AttentionParams& p, float* scratch) 
   m.lse = take(kQueries);
   m.delta = take(kQueries);
   m.ones = take(kQueries);
-  m.few_q = take(kDecodeQueries * d);
+  m.few_q = take(d);
   m.few_s = take(kDecodeKeys);
   m.q_lanes = take(kQueries * p.D);
   m.do_lanes = take(kQueries * p.D_v);
@@ -65,14 +65,27 @@ inline void round_rows(float* x, int64_t keys, int64_t width) {
   }
 }
 
-// Scores s [key][kQueries] of few queries, added up in the order in which attention_decode did: the
-// weights are e^(score - logsumexp), and two ways of adding would differ by more than a rounding.
-inline void few_scores(const AttentionParams& p, const QueryTile& t, const RowPanel& k,
-                       int64_t keys, const BackwardMemory& m, float* s) {
+// Scores s [key][kQueries] of few queries on keys [j0, j0 + keys), from the operands and added up
+// in the order in which attention_decode did: the weights are e^(score - logsumexp), and two ways
+// of adding would differ by more than a rounding.
+template <class T>
+FASTNN_INLINE void few_scores(const AttentionParams& p, const QueryTile& t, int64_t j0,
+                              int64_t keys, const BackwardMemory& m, float* s) {
+  const T* const k = head_data<T>(p.k, t.b, t.kv_head) + j0 * p.k.row_stride;
+  const int64_t group = p.H / p.H_kv;
   for (int64_t j = 0; j < keys * kQueries; j += kLanes) store(s + j, zero());
   for (int64_t r = 0; r < t.rows; ++r) {
-    decode_scores<1>(m.few_q + r * padded_features(p.D), 0, reinterpret_cast<const float*>(k.data),
-                     k.row_bytes / 4, p.D, keys, m.few_s);
+    auto score = [&](auto dot) __attribute__((always_inline)) {
+      using Dot = decltype(dot);
+      pack_decode_query<Dot>(head_data<T>(p.q, t.b, t.head) + (t.first + r) * p.q.row_stride, p.D,
+                             m.few_q);
+      decode_scores<Dot, 1>(m.few_q, 0, k, p.k.row_stride, p.D, keys, p.scale, m.few_s);
+    };
+    if (shares_loads(t.head % group * p.S_q + t.first + r, group * p.S_q)) {
+      score(KeyDot<kDecodeShared, T>{});
+    } else {
+      score(KeyDot<1, T>{});
+    }
     for (int64_t j = 0; j < keys; ++j) s[j * kQueries + r] = m.few_s[j];
   }
 }
@@ -111,13 +124,11 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   }
   for (int64_t i = 0; i < p.D * kQueries; i += kLanes) store(m.dq + i, zero());
   const bool few = is_decoding(p);
-  for (int64_t i = 0; few && i < t.rows * d_pad; i += kLanes)
-    store(m.few_q + i, load(m.q_rows + i) * p.scale);
   const ScoreScale scale = score_scale<Dot>(p);
   for (int64_t j0 = first_key<Dot>(t); j0 < t.key_end; j0 += kKeys) {
     const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
     if (few) {
-      few_scores(p, t, from_row(from.k, j0), keys, m, m.p);
+      few_scores<T>(p, t, j0, keys, m, m.p);
     } else {
       product<Dot>(keys, t.strips, units_of(p.D, Dot::kPerUnit), from_row(from.k, j0), q_lanes, m.p,
                    kQueries, false);
@@ -130,20 +141,27 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
       for (int64_t r = 0; r < width; r += kLanes) {
         const Vec score = load(m.p + j * kQueries + r), lse = load(m.lse + r);
         store(m.p + j * kQueries + r,
-              exp(kPairs ? fma(score, splat(scale.inside), -lse) : score - lse));
+              kPairs ? rough_exp(fma(score, splat(scale.inside), -lse)) : exp(score - lse));
       }
     }
-    if (p.dropout > 0.f) drop(p, t, j0, keys, m.ds);  // the same factors meet P below
-    for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t r = 0; r < width; r += kLanes) {
-        const Vec weight = load(m.p + j * kQueries + r);
-        Vec ds = weight * (load(m.ds + j * kQueries + r) - load(m.delta + r));
-        if (p.softcap != 0.f) ds = ds * load(m.slope + j * kQueries + r);
-        // A weight of 0 has gradient 0 even where dP is infinite or NaN: the key was not seen.
-        store(m.ds + j * kQueries + r, select(weight == zero(), zero(), ds));
+    auto to_gradient = [&](int64_t j, int64_t r, Vec dp) __attribute__((always_inline)) {
+      const Vec weight = load(m.p + j * kQueries + r);
+      Vec ds = weight * (dp - load(m.delta + r));
+      if (p.softcap != 0.f) ds = ds * load(m.slope + j * kQueries + r);
+      // A weight of 0 has gradient 0 even where dP is infinite or NaN: the key was not seen.
+      store(m.ds + j * kQueries + r, select(weight == zero(), zero(), ds));
+    };
+    if (p.dropout > 0.f) {
+      each_keep(p, t, j0, keys, [&](int64_t j, int64_t r, Vec keep) __attribute__((always_inline)) {
+        to_gradient(j, r, load(m.ds + j * kQueries + r) * keep);
+        store(m.p + j * kQueries + r, load(m.p + j * kQueries + r) * keep);
+      });
+    } else {
+      for (int64_t j = 0; j < keys; ++j) {
+        for (int64_t r = 0; r < width; r += kLanes)
+          to_gradient(j, r, load(m.ds + j * kQueries + r));
       }
     }
-    if (p.dropout > 0.f) drop(p, t, j0, keys, m.p);
     float* ds_by_keys = m.ds;
     if constexpr (kPairs) {
       ds_by_keys = m.slope;  // the cap's slope has been used

@@ -8,6 +8,9 @@
 namespace fastnn {
 namespace {
 
+// e^x of what is rounded to bfloat16, x up to 88: within 3e-6, and what x * log2(e) loses.
+FASTNN_INLINE Vec rough_exp(Vec x) { return exp2<true>(x * 1.44269504f); }
+
 // How the scale meets the scores. float32 queries are scaled as they are packed. Pairs stay exact:
 // their scores are scaled inside the exponential where nothing comes in between (-inf stays -inf),
 // else before it.
@@ -93,26 +96,51 @@ inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t 
   }
 }
 
-// Multiplies the weights x of one query, `stride` apart for keys j0, j0 + 1, ..., by 0 (dropped) or
-// 1 / (1 - dropout), by their positions in (B, H, S_q, S_k). One counter gives four neighbouring
-// keys.
+// Dropout's counters: one gives four neighbouring keys of a query, by their positions in (B, H,
+// S_q, S_k).
+inline uint64_t counters_of_query(const AttentionParams& p) { return (uint64_t)(p.S_k + 3) / 4; }
+inline uint64_t first_counter(const AttentionParams& p, int64_t b, int64_t head, int64_t query) {
+  return p.first_draw + (uint64_t)((b * p.H + head) * p.S_q + query) * counters_of_query(p);
+}
+
+// Multiplies the weights x of one query, for keys j0, j0 + 1, ..., by 0 (dropped) or
+// 1 / (1 - dropout).
 inline void drop_query(const AttentionParams& p, int64_t b, int64_t head, int64_t query, int64_t j0,
-                       int64_t keys, float* x, int64_t stride) {
+                       int64_t keys, float* x) {
   const float keep_scale = 1.f / (1.f - p.dropout);
-  const uint64_t threshold = drop_threshold(p.dropout);
-  const uint64_t groups = (uint64_t)(p.S_k + 3) / 4;
-  const uint64_t row = p.first_draw + (uint64_t)((b * p.H + head) * p.S_q + query) * groups;
+  const uint64_t threshold = drop_threshold(p.dropout), first = first_counter(p, b, head, query);
   for (int64_t j = 0; j < keys;) {
-    const Philox4 random = philox(p.seed, row + (uint64_t)(j0 + j) / 4);
+    const Philox4 random = philox(p.seed, first + (uint64_t)(j0 + j) / 4);
     do {
-      x[j * stride] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;
+      x[j] *= random.x[(j0 + j) % 4] < threshold ? 0.f : keep_scale;
       ++j;
     } while (j < keys && (j0 + j) % 4 != 0);
   }
 }
-inline void drop(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys, float* x) {
-  for (int64_t r = 0; r < t.rows; ++r)
-    drop_query(p, t.b, t.head, t.first + r, j0, keys, x + r, kQueries);
+// The same factors for a tile, kLanes queries at once: body(j, r, factors of queries r, r + 1, ...)
+// for keys j0 + j.
+template <class Body>
+FASTNN_INLINE void each_keep(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys,
+                             Body body) {
+  const Vec keep_scale = splat(1.f / (1.f - p.dropout));
+  const UVec threshold = (UVec)splat_int((int32_t)(uint32_t)drop_threshold(p.dropout));
+  for (int64_t r = 0; r < t.strips * kStrip; r += kLanes) {
+    UVec low, high;
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t counter = first_counter(p, t.b, t.head, t.first + r + i) + (uint64_t)j0 / 4;
+      low[i] = (uint32_t)counter;
+      high[i] = (uint32_t)(counter >> 32);
+    }
+    for (int64_t j = -(j0 % 4); j < keys; j += 4) {
+      const PhiloxWords<UVec> random = philox<UVec>(p.seed, low, high);
+      FASTNN_UNROLL for (int i = 0; i < 4; ++i) {
+        if (j + i < 0 || j + i >= keys) continue;
+        body(j + i, r, select((IVec)(random.x[i] < threshold), zero(), keep_scale));
+      }
+      low += 1u;
+      high += (UVec)(low == UVec{}) & 1u;
+    }
+  }
 }
 
 }  // namespace

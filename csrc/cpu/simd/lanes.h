@@ -12,6 +12,16 @@ template <class T>
 FASTNN_INLINE Vec load_some(const T* p, int count) {
   return count == kLanes ? load(p) : load_first(p, count, 0.f);
 }
+// The first n < 2 kLanes elements of 16 bits as they lie, zeros behind them.
+FASTNN_INLINE Vec load_first_halves(const void* p, int n) {
+#if defined(__AVX512BW__)
+  return (Vec)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), p);
+#else
+  Vec v = zero();
+  std::memcpy(&v, p, (size_t)n * 2);
+  return v;
+#endif
+}
 // The first `count` lanes to memory.
 template <class T>
 FASTNN_INLINE void store_some(T* p, Vec v, int count) {
@@ -125,6 +135,30 @@ FASTNN_INLINE void transpose(Vec (&r)[kLanes]) {
     }
     FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) r[i] = t[i];
   }
+}
+
+// Pairs (even[i], odd[i]) of 16-bit halves for half of the i: of each 16 bytes the first four
+// (kHigh: the last), which takes one instruction; separate_halves puts one number for each pair of
+// both results back in the order of i.
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 4)));
+template <bool kHigh, int... I>
+FASTNN_INLINE Vec interleave_halves(Vec even, Vec odd, std::integer_sequence<int, I...>) {
+  return (Vec)__builtin_shufflevector(
+      (Halves)even, (Halves)odd,
+      (I / 8 * 8 + I % 8 / 2 + (kHigh ? 4 : 0) + (I % 2) * 2 * kLanes)...);
+}
+template <bool kHigh>
+FASTNN_INLINE Vec interleave_halves(Vec even, Vec odd) {
+  return interleave_halves<kHigh>(even, odd, std::make_integer_sequence<int, 2 * kLanes>{});
+}
+template <bool kSecond, int... I>
+FASTNN_INLINE Vec separate_halves(Vec low, Vec high, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(
+      low, high, ((kSecond ? kLanes / 2 : 0) + I / 8 * 4 + I % 4 + (I / 4 % 2) * kLanes)...);
+}
+template <bool kSecond>
+FASTNN_INLINE Vec separate_halves(Vec low, Vec high) {
+  return separate_halves<kSecond>(low, high, std::make_integer_sequence<int, kLanes>{});
 }
 
 // Lane i of the result: the sum of r[i]'s lanes. Each round adds halves of vectors while

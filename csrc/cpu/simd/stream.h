@@ -73,5 +73,15 @@ FASTNN_INLINE IVec dot_int8_quads(IVec c, IVec a, IVec b) {
 #endif
 }
 
+// A vector by two instructions, for what comes from memory in one long run.
+FASTNN_INLINE Vec load_in_halves(const float* p) {
+#if defined(__AVX512F__)
+  const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(p));
+  return (Vec)_mm512_insertf32x8(low, _mm256_loadu_ps(p + kLanes / 2), 1);
+#else
+  return load(p);
+#endif
+}
+
 }  // namespace
 }  // namespace fastnn

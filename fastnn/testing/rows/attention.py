@@ -17,6 +17,8 @@ Shape = tuple[int, int, int, int, int]
 """(B, Hq, Hkv, S, D)."""
 
 _SHORT, _LONG = (4, 12, 12, 128, 64), (1, 12, 12, 2048, 64)
+_LONGEST = (1, 2, 2, 8192, 64)
+"""For the memory: weights of S x S would take 512 MB in float32."""
 _PUBLIC: tuple[tuple[str, Shape, dict[str, Bar]], ...] = (
     ("fwd", _SHORT, {"fp32": Bar(1.1, holder="openvino"), "bf16": Bar(1.5, holder="openvino")}),
     ("fb", _SHORT, {"fp32": Bar(1.4, holder="eager"), "bf16": Bar(3.1, holder="eager")}),
@@ -26,6 +28,8 @@ _PUBLIC: tuple[tuple[str, Shape, dict[str, Bar]], ...] = (
     ("fb", _LONG, {"fp32": Bar(1.4, holder="eager"), "bf16": Bar(2.2, holder="eager")}),
     ("fwd_causal", _LONG, {"fp32": Bar(1.5, holder="eager"), "bf16": Bar(2.4, holder="openvino")}),
     ("fb_causal", _LONG, {"fp32": Bar(1.4, holder="eager"), "bf16": Bar(2.2, holder="eager")}),
+    ("fwd", _LONGEST, {"fp32": Bar(), "bf16": Bar()}),
+    ("fb", _LONGEST, {"fp32": Bar(), "bf16": Bar()}),
     ("decode", (8, 16, 16, 2048, 64), {"fp32": Bar(1.7, holder="eager"), "bf16": Bar(11.2, holder="eager")}),
     ("decode", (8, 32, 8, 2048, 128), {"fp32": Bar(2.3, holder="by_hand"), "bf16": Bar(3.1, holder="by_hand")}),
     ("decode", (1, 32, 8, 2048, 128), {"fp32": Bar(5.0, holder="by_hand"), "bf16": Bar(2.8, holder="by_hand")}),
