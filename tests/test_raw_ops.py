@@ -27,12 +27,12 @@ RAW = (
     "attention_fwd",
     "attention_varlen_bwd",
     "attention_varlen_fwd",
-    "block_sparse_bwd",
-    "block_sparse_fwd",
     "cross_entropy_bwd",
     "cross_entropy_fwd",
     "dropout_add_bwd",
     "dropout_add_fwd",
+    "linear_block_sparse_bwd",
+    "linear_block_sparse_fwd",
     "linear_bwd",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
@@ -140,13 +140,13 @@ def groupwise_samples(x, deep, strided, bias):
 def block_sparse_samples(x, deep, strided, grad, pre, bias):
     parts = to_blocks(tensor(7, 12, dtype=x.dtype, seed=1), torch.tensor([[True, False, True]]))
     for activation in (0, 1, 2):
-        yield "block_sparse_fwd", (x, *parts, bias, 7, activation, activation == 2)
-        yield "block_sparse_fwd", (strided, *parts, None, 7, activation, True)
-        yield "block_sparse_fwd", (deep, *parts, bias, 7, activation, False)
-        yield "block_sparse_bwd", (grad, x, *parts, pre, activation, [5, 12], [True, True, True])
+        yield "linear_block_sparse_fwd", (x, *parts, bias, 7, activation, activation == 2)
+        yield "linear_block_sparse_fwd", (strided, *parts, None, 7, activation, True)
+        yield "linear_block_sparse_fwd", (deep, *parts, bias, 7, activation, False)
+        yield "linear_block_sparse_bwd", (grad, x, *parts, pre, activation, [5, 12], [True, True, True])
         apart = grad.t().contiguous().t()
-        yield "block_sparse_bwd", (apart, x, *parts, pre, activation, [5, 12], [False, True, False])
-        yield "block_sparse_bwd", (grad, None, *parts, pre, activation, [5, 12], [True, False, True])
+        yield "linear_block_sparse_bwd", (apart, x, *parts, pre, activation, [5, 12], [False, True, False])
+        yield "linear_block_sparse_bwd", (grad, None, *parts, pre, activation, [5, 12], [True, False, True])
 
 
 def cross_entropy_samples(x, strided):

@@ -1,4 +1,4 @@
-// torch.ops.fastnn.block_sparse_fwd / block_sparse_bwd.
+// torch.ops.fastnn.linear_block_sparse_fwd / linear_block_sparse_bwd.
 #include "cpu/block_sparse.h"
 
 #include "bindings/linear.h"
@@ -69,7 +69,7 @@ std::tuple<Tensor, OptionalTensor> fwd(const Tensor& input, const Tensor& values
                                        const Tensor& columns, const Tensor& starts,
                                        const OptionalTensor& bias, int64_t out_features,
                                        int64_t activation, bool save_pre, bool grad_handled) {
-  constexpr auto op = "block_sparse_fwd";
+  constexpr auto op = "linear_block_sparse_fwd";
   check_grad_handled(grad_handled, op);
   const DeviceScope scope(input);
   const DType dtype = checked_dtype(input, op, "input");
@@ -105,7 +105,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
     const Tensor& grad, const OptionalTensor& input, const Tensor& values, const Tensor& columns,
     const Tensor& starts, const OptionalTensor& slope, int64_t activation,
     std::vector<int64_t> input_shape, std::vector<bool> mask, bool grad_handled) {
-  constexpr auto op = "block_sparse_bwd";
+  constexpr auto op = "linear_block_sparse_bwd";
   check_grad_handled(grad_handled, op);
   const DeviceScope scope(grad);
   FASTNN_CHECK(mask.size() == 3, ValueError, "fastnn::", op, ": mask must have 3 entries, got ",
@@ -163,15 +163,17 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bwd(
 
 FASTNN_SCHEMAS(m) {
   m.def(
-      "block_sparse_fwd(Tensor input, Tensor values, Tensor columns, Tensor starts, Tensor? bias, "
+      "linear_block_sparse_fwd(Tensor input, Tensor values, Tensor columns, Tensor starts, Tensor? "
+      "bias, "
       "SymInt out_features, int activation, bool save_pre, bool grad_handled=False) -> (Tensor, "
       "Tensor?)");
   m.def(
-      "block_sparse_bwd(Tensor grad, Tensor? input, Tensor values, Tensor columns, Tensor starts, "
+      "linear_block_sparse_bwd(Tensor grad, Tensor? input, Tensor values, Tensor columns, Tensor "
+      "starts, "
       "Tensor? slope, int activation, SymInt[] input_shape, bool[3] mask, bool "
       "grad_handled=False) -> (Tensor?, Tensor?, Tensor?)");
 }
 FASTNN_KERNELS(m) {
-  m.impl("block_sparse_fwd", TORCH_BOX(&fastnn::fwd));
-  m.impl("block_sparse_bwd", TORCH_BOX(&fastnn::bwd));
+  m.impl("linear_block_sparse_fwd", TORCH_BOX(&fastnn::fwd));
+  m.impl("linear_block_sparse_bwd", TORCH_BOX(&fastnn::bwd));
 }

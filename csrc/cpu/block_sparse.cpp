@@ -53,7 +53,7 @@ int64_t cut(const Int* running, int64_t n, int64_t part, int64_t parts) {
 
 void block_sparse_fwd(const BlockSparseParams& p) {
   const KernelTable& table = kernels();
-  record_run("block_sparse_fwd", table.isa);
+  record_run("linear_block_sparse_fwd", table.isa);
   if (p.M == 0 || p.N == 0) return;
   const bool biased = p.bias != nullptr;
   const Parameter bias(table, p.bias, p.bias_stride, p.x.dtype, biased ? p.N : 0,
@@ -104,7 +104,7 @@ void block_sparse_fwd(const BlockSparseParams& p) {
 
 void block_sparse_bwd(const BlockSparseBwdParams& p) {
   const KernelTable& table = kernels();
-  record_run("block_sparse_bwd", table.isa);
+  record_run("linear_block_sparse_bwd", table.isa);
   const LinearBwdParams& l = p.linear;
   const bool products = l.dx != nullptr || l.dw != nullptr;
   const bool own_dz = products && l.activation != Activation::kNone;

@@ -139,8 +139,8 @@ def _layer(name: str, module: Module, sample: Tensor, freeze: bool) -> Finding |
         backend, reason = backend_for(module.op, module.weight.device, sample.dtype)
         return Finding(name, module, was, module.op, backend, reason=reason or "is fastnn's already")
     if isinstance(module, BlockSparseLinear):
-        backend, reason = backend_for("block_sparse", module.values.device, module.values.dtype)
-        return Finding(name, module, was, "block_sparse", backend, reason=reason or "is fastnn's already")
+        backend, reason = backend_for("linear_block_sparse", module.values.device, module.values.dtype)
+        return Finding(name, module, was, "linear_block_sparse", backend, reason=reason or "is fastnn's already")
     if is_conv1d(module):
         return _conv1d(Finding(name, module, was, "linear"), freeze)
     for theirs, (_, op) in _SWAPPED.items():

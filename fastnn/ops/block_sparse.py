@@ -26,10 +26,10 @@ OUTPUTS = 16
 """Outputs of a block: the width of a strip of the matrix kernels (csrc/cpu/gemm/params.h)."""
 DEPTHS = (2, 4, 8, 16)
 """Columns that a block may have."""
-OP = "block_sparse"
+OP = "linear_block_sparse"
 
 
-def block_sparse_fwd_fake(
+def linear_block_sparse_fwd_fake(
     input: Tensor,
     values: Tensor,
     columns: Tensor,
@@ -40,12 +40,12 @@ def block_sparse_fwd_fake(
     save_pre: bool,
     grad_handled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `block_sparse_fwd` gives, without its values."""
+    """What `linear_block_sparse_fwd` gives, without its values."""
     shape = (*input.shape[:-1], out_features)
     return input.new_empty(shape), input.new_empty(shape) if save_pre else None
 
 
-def block_sparse_bwd_fake(
+def linear_block_sparse_bwd_fake(
     grad: Tensor,
     input: Tensor | None,
     values: Tensor,
@@ -57,7 +57,7 @@ def block_sparse_bwd_fake(
     mask: list[bool],
     grad_handled: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What `block_sparse_bwd` gives, without its values."""
+    """What `linear_block_sparse_bwd` gives, without its values."""
     dx = grad.new_empty(input_shape) if mask[0] else None
     dvalues = values.new_empty(values.shape) if mask[1] else None
     db = values.new_empty((grad.shape[-1],)) if mask[2] else None
@@ -66,8 +66,8 @@ def block_sparse_bwd_fake(
 
 if _extension._C is not None:
     _dispatch.register_raw(OP)
-    torch.library.register_fake("fastnn::block_sparse_fwd", block_sparse_fwd_fake, lib=_extension.library)
-    torch.library.register_fake("fastnn::block_sparse_bwd", block_sparse_bwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::linear_block_sparse_fwd", linear_block_sparse_fwd_fake, lib=_extension.library)
+    torch.library.register_fake("fastnn::linear_block_sparse_bwd", linear_block_sparse_bwd_fake, lib=_extension.library)
 
 
 def strips_of(out_features: int) -> int:
@@ -164,7 +164,7 @@ class BlockSparseLinearFunction(torch.autograd.Function):
         else:
             code = ACTIVATION_CODE[ctx.activation]
             shape, mask = list(ctx.input_shape), list(needs)
-            bwd = torch.ops.fastnn.block_sparse_bwd.default
+            bwd = torch.ops.fastnn.linear_block_sparse_bwd.default
             dx, dvalues, db = bwd(grad, input, values, columns, starts, slope, code, shape, mask, True)
         return dx, dvalues, db, None, None, None, None
 
@@ -180,7 +180,7 @@ def _run(
     save_pre: bool,
 ) -> tuple[Tensor, Tensor | None]:
     code = ACTIVATION_CODE[activation]
-    found: tuple[Tensor, Tensor | None] = torch.ops.fastnn.block_sparse_fwd.default(
+    found: tuple[Tensor, Tensor | None] = torch.ops.fastnn.linear_block_sparse_fwd.default(
         input, values.contiguous(), columns, starts, bias, out_features, code, save_pre, True
     )
     return found
@@ -297,7 +297,7 @@ def block_sparse_linear(
         input, values, bias = cast(input, dtype), cast(values, dtype), cast(bias, dtype)
     _check(input, values, columns, starts, bias, out_features, activation)
     if _dispatch.pick(OP, input) == "reference":
-        note_reference("block_sparse_fwd")
+        note_reference("linear_block_sparse_fwd")
         _check_order("fastnn.block_sparse_linear", columns, starts, -(-input.shape[-1] // values.shape[1]))
         return block_sparse_linear_reference(input, values, columns, starts, bias, out_features, activation)
     columns, starts = columns.contiguous(), starts.contiguous()

@@ -96,8 +96,8 @@ def _case(
         make=make or shape.make,
         call=partial(call, shape, activation),
         reference=partial(_reference, shape, activation),
-        forward_kernel="block_sparse_fwd",
-        backward_kernel="block_sparse_bwd",
+        forward_kernel="linear_block_sparse_fwd",
+        backward_kernel="linear_block_sparse_bwd",
         differentiable=("input", "values", "bias") if shape.bias else ("input", "values"),
         wide=wide,
         bites=shape.density > 0,
@@ -188,16 +188,16 @@ def _raw(name: str, call: Callable[[], object], error: Any, *words: str) -> Inva
 
 
 def _fwd(*arguments: object) -> object:
-    return torch.ops.fastnn.block_sparse_fwd(*arguments, True)
+    return torch.ops.fastnn.linear_block_sparse_fwd(*arguments, True)
 
 
 def _bwd(*arguments: object) -> object:
-    return torch.ops.fastnn.block_sparse_bwd(*arguments, True)
+    return torch.ops.fastnn.linear_block_sparse_bwd(*arguments, True)
 
 
 def _raw_calls() -> Iterator[InvalidCall]:
     x, v, c, s, b = _t(5, 6), _t(3, 2, 16), _i(0, 2, 1), _i(0, 2, 3), _t(20)
-    fwd, bwd, end = "block_sparse_fwd", "block_sparse_bwd", (20, 0, False)
+    fwd, bwd, end = "linear_block_sparse_fwd", "linear_block_sparse_bwd", (20, 0, False)
     yield _raw("fwd_scalar", lambda: _fwd(_t(), v, c, s, b, *end), ValueError, fwd, "input")
     yield _raw("fwd_float64", lambda: _fwd(x.double(), v, c, s, b, *end), (TypeError, NotImplementedError), "float64")
     yield _raw("fwd_values", lambda: _fwd(x, _t(3, 3, 16), c, s, b, *end), ValueError, fwd, "values", "(3, 3, 16)")

@@ -26,6 +26,7 @@ def cell(*names: str) -> tuple[str, ...]:
 
 
 SOFTMAX, GEMM = "csrc/cpu/kernels/softmax.h", "csrc/cpu/gemm/gemm.h"
+EPILOGUE = "csrc/cpu/gemm/epilogue.h"
 NORM = "csrc/cpu/kernels/norm.h"
 ACTIVATION = "csrc/cpu/kernels/activation.h"
 MASKED, ROPE = "csrc/cpu/kernels/masked_softmax.h", "csrc/cpu/kernels/rope.h"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import GEMM, OPS, SIMD, Fault
+from fault import EPILOGUE, OPS, SIMD, Fault
 
 INT8, INT8_KERNEL = "tests/test_int8.py", "csrc/cpu/kernels/linear_int8.h"
 INT8_BITS = (f"{INT8}::test_same_bits_as_plain_pytorch[torch.float32-{{isa}}]",)
@@ -48,7 +48,7 @@ INT8_FAULTS = [
     ),
     Fault(
         "int8: the shift of the inputs' codes is not taken back",
-        GEMM,
+        EPILOGUE,
         "(IVec)((UVec)load(t) - (UVec)load_ints(s.offset + n))",
         "(IVec)load(t)",
         INT8_BITS,

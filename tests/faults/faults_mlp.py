@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import GEMM, OPS, Fault, cell
+from fault import EPILOGUE, OPS, Fault, cell
 
 BLOCK, MIDDLE = "csrc/cpu/mlp.cpp", "csrc/cpu/kernels/mlp.h"
 
@@ -58,14 +58,14 @@ MLP_FAULTS = [
     ),
     Fault(
         "product: the gate is multiplied without its activation",
-        GEMM,
+        EPILOGUE,
         "Vec y = activate<A, kRough>(gate != nullptr ? read(gate + n) : v);",
         "Vec y = gate != nullptr ? read(gate + n) : activate<A, kRough>(v);",
         cell("mlp-fp32-{isa}-contiguous"),
     ),
     Fault(
         "product: sums of earlier parts are not added in the tail",
-        GEMM,
+        EPILOGUE,
         "if (addend != nullptr) y += read(addend + n);",
         "if (addend != nullptr && n + kLanes <= columns) y += read(addend + n);",
         cell("mlp-fp32-{isa}-tail"),

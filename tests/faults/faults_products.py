@@ -78,7 +78,7 @@ KERNEL_FAULTS = [
     ),
     Fault(
         "epilogue runs backwards: activation before bias",
-        GEMM,
+        EPILOGUE,
         "      Vec y = activate<A, kRough>(gate",
         "      if (bias != nullptr) v -= load(bias + n0 + n); v = activate<A, kRough>(v); "
         "if (bias != nullptr) v += load(bias + n0 + n); Vec y = activate<Activation::kNone, kRough>(gate",

@@ -15,6 +15,18 @@ namespace {
 // one sum over K = 2500 is 7 to 12 times. Costs 1 %.
 constexpr int64_t kFloatSumUnits = 192;
 
+// Adds to each lane of c the dot product of its pair of a and the pair at p, the same for all. In
+// assembler: the compiler broadcasts first.
+FASTNN_INLINE void add_bf16_pairs(Vec& c, Vec a, const void* p) {
+#if defined(__AVX512BF16__)
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(a), "m"(*static_cast<const uint32_t*>(p)));
+#else
+  (void)c;
+  (void)a;
+  (void)p;  // never called: kHasBf16Dot is false
+#endif
+}
+
 struct DotF32 {
   static constexpr int kPerUnit = 1;
   static constexpr int64_t kSumUnits = kFloatSumUnits;

@@ -113,18 +113,13 @@ FASTNN_INLINE Vec sparse_values(const T* p, int v) {
   }
 }
 
-// In assembler where it is one instruction: the compiler broadcasts first.
 template <class Dot>
 FASTNN_INLINE void add_product(Vec& sum, Vec values, const char* x) {
-#if defined(__AVX512BF16__)
   if constexpr (Dot::kPerUnit == 2) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0"
-        : "+v"(sum)
-        : "v"(values), "m"(*reinterpret_cast<const uint32_t*>(x)));
-    return;
+    add_bf16_pairs(sum, values, x);
+  } else {
+    sum = Dot::dot(sum, splat(load_unit(x)), values);
   }
-#endif
-  sum = Dot::dot(sum, splat(load_unit(x)), values);
 }
 
 // t (row stride ldt floats) = a tile of MR rows times a strip. Few rows have two sums each, which

@@ -395,7 +395,5 @@ INVALID: tuple[InvalidCall, ...] = (
     *_raw_forward_calls(),
     *_raw_backward_calls(),
     *_raw_packed_calls(),
-    *int8.INVALID,
-    *groupwise.INVALID,
-    *block_sparse.INVALID,
+    *(call for form in (int8, groupwise, block_sparse) for call in form.INVALID),
 )

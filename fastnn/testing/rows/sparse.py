@@ -130,10 +130,10 @@ def _case(
         special = {"torch.csr": partial(_torch_sparse, "csr"), "torch.bsr": partial(_torch_sparse, "bsr")}
         special["scipy"] = _scipy
     if direction == "fb":
-        ours: tuple[Ours, ...] = (Ours("", _prepare_training, "block_sparse_bwd"),)
+        ours: tuple[Ours, ...] = (Ours("", _prepare_training, "linear_block_sparse_bwd"),)
     else:
         ours = (
-            Ours("", _prepare, "block_sparse_fwd", bar or Bar(), frozen=True),
+            Ours("", _prepare, "linear_block_sparse_fwd", bar or Bar(), frozen=True),
             Ours("dense", _prepare_dense, "linear_packed_fwd", frozen=True),
         )
     return BenchCase(
