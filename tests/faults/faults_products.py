@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import AUTOGRAD, GEMM, GRAD_LAYOUT, LINEAR, OPS, PACKING, PARAMETERS, SIMD, SOFTMAX, Fault, cell
+from fault import AUTOGRAD, EPILOGUE, GEMM, GRAD_LAYOUT, LINEAR, OPS, PACKING, PARAMETERS, SIMD, SOFTMAX, Fault, cell
 
 KERNEL_FAULTS = [
     Fault(
