@@ -113,7 +113,7 @@ SEQUENCE_FAULTS = [
     ),
     Fault(
         "attention_with_kv_cache: longer sequences are taken for ones as long as the one before",
-        "csrc/bindings/attention_cache.cpp",
+        "csrc/cpu/attention.cpp",
         "filled[end] == filled[b]",
         "filled[end] >= filled[b]",
         cell("attention-fp32-{isa}-contiguous"),
