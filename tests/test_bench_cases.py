@@ -110,7 +110,9 @@ def test_every_row_of_the_page_is_there_with_its_bars():
         bars = [way.bar for way in case.ours if way.bar.plain is not None]
         assert [(bar.plain, bar.tuned) for bar in bars] == [(float(plain), float(tuned) if tuned else None)]
         assert bars[0].holder in CONTENDERS
-    assert len([case for case in PUBLIC if case.family not in BEYOND]) == len(PAGE.strip().splitlines())
+    for_memory = [case for case in PUBLIC if case.family == "attention" and 8192 in case.shape]
+    others = [case for case in PUBLIC if case.family not in BEYOND and case not in for_memory]
+    assert len(others) == len(PAGE.strip().splitlines()) and len(for_memory) == 4
 
 
 @pytest.mark.parametrize("family", families())
