@@ -204,7 +204,8 @@ class Special(Contender):
 
 def onnx_why_not(case: BenchCase) -> str:
     """Why a case has no ONNX graph; empty where it has one."""
-    return "" if case.onnx and case.direction == "fwd" else "no ONNX graph (forward rows have one)"
+    has = case.onnx_file is not None or (case.onnx and case.direction == "fwd")
+    return "" if has else "no ONNX graph (forward rows have one)"
 
 
 def contender(name: str) -> Contender:

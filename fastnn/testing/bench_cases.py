@@ -123,6 +123,8 @@ class BenchCase:
     """Inputs that are constants of a frozen model."""
     onnx: tuple[Node, ...] = ()
     """The graph; empty where there is none."""
+    onnx_file: Callable[[Inputs], bytes] | None = None
+    """Makes the graph where its operators are no plain ones, as `fastnn.export` writes it."""
     special: Mapping[str, Callable[[Inputs, int], Callable[[], Results]]] = field(default_factory=dict)
     """Contender -> how it runs this case with so many threads, where only the family can know (quantised formats)."""
     sweep: bool = False

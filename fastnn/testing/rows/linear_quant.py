@@ -6,8 +6,10 @@ definition in plain torch, those of weights alone against the float layer with t
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,15 +80,26 @@ def _definition(name: str, inputs: Inputs) -> Tensor:
     return linear_groupwise_reference(x, *quantize_groups(weight, GROUP), bias, GROUP, True, None)
 
 
+def _layer(name: str, inputs: Inputs) -> torch.nn.Module:
+    weight, bias = inputs["weight"], torch.nn.Parameter(inputs["bias"], requires_grad=False)
+    if name == "linear_int8":
+        return nn.Int8Linear.from_float(weight, bias).eval()
+    return nn.Int4Linear.from_float(weight, bias, group_size=GROUP, int8_input=name == "linear_int4_int8").eval()
+
+
 def _prepare(name: str, inputs: Inputs) -> Callable[[], Results]:
-    x, weight = inputs["input"], inputs["weight"]
-    bias = torch.nn.Parameter(inputs["bias"], requires_grad=False)
-    layer: torch.nn.Module = (
-        nn.Int8Linear.from_float(weight, bias)
-        if name == "linear_int8"
-        else nn.Int4Linear.from_float(weight, bias, group_size=GROUP, int8_input=name == "linear_int4_int8")
-    ).eval()
+    x, layer = inputs["input"], _layer(name, inputs)
     return lambda: (layer(x),)
+
+
+def _exported(name: str, inputs: Inputs) -> bytes:
+    """The layer as `fastnn.export` writes it: ONNX's operators on the same codes."""
+    from ...to_onnx import export  # needs onnx, onnxscript and onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        export(_layer(name, inputs), path, inputs["input"])
+        return path.read_bytes()
 
 
 def _torch_int8(inputs: Inputs, threads: int) -> Callable[[], Results]:
@@ -137,6 +150,7 @@ def _case(name: str, dtype: str, shape: Shape, bar: Bar, sweep: bool = False) ->
         measured_by=None if name == "linear_int4" else partial(_definition, name),
         ours=(Ours("", partial(_prepare, name), kernel, bar, frozen=True),),
         constants=("weight", "bias"),
+        onnx_file=partial(_exported, name) if dtype == "fp32" and name != "linear_int4_int8" else None,
         special=_SPECIAL[name],
         sweep=sweep,
     )
