@@ -61,6 +61,11 @@ def onnx_model(case: BenchCase, inputs: Inputs) -> bytes:
     return serialised
 
 
+def _variables(case: BenchCase, inputs: Inputs) -> list[Tensor]:
+    """What a run is given, in the graph's order."""
+    return [t for name, t in inputs.items() if name not in case.constants]
+
+
 @register
 class OnnxRuntime(Contender):
     """onnxruntime on the CPU; with the tuned allocator it also writes to the same result each time."""
@@ -78,7 +83,8 @@ class OnnxRuntime(Contender):
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         session = ort.InferenceSession(onnx_model(case, inputs), options, providers=["CPUExecutionProvider"])
-        feeds = {node.name: _as_numpy(inputs[node.name]) for node in session.get_inputs()}
+        given = zip(session.get_inputs(), _variables(case, inputs), strict=True)
+        feeds = {node.name: _as_numpy(values) for node, values in given}
 
         def results() -> Results:
             return (torch.from_numpy(session.run(None, feeds)[0]),)
@@ -123,8 +129,8 @@ class OpenVino(Contender):
         model = core.compile_model(core.read_model(onnx_model(case, inputs), b""), "CPU", config)
         request = model.create_infer_request()
         kept = []  # the tensors share their memory: it must live as long as the request
-        for port in model.inputs:
-            values = _as_numpy(inputs[port.get_any_name()])
+        for port, tensor in zip(model.inputs, _variables(case, inputs), strict=True):
+            values = _as_numpy(tensor)
             kept.append(values)
             if case.dtype == "bf16":
                 request.set_tensor(port, ov.Tensor(values, list(values.shape), ov.Type.bf16))
