@@ -89,9 +89,9 @@ def test_every_two_are_compared(page):
 
 
 def test_the_cases_have_every_result():
-    """No part of an op is left out by the choice of layouts."""
+    """No part of an op is left out by the choice of layouts; weights in forms of the CPU's own do not count."""
     for op in op_names():
-        parts = {part for case in cases(op) for part in case.parts}
+        parts = {part for case in cases(op) if case.forward_kernel == f"{op}_fwd" for part in case.parts}
         assert parts == {part for case in accuracy.shared_cases(op) for part in case.parts}
 
 
