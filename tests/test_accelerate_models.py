@@ -183,6 +183,17 @@ def test_gradient_checkpointing_stays_in_force(name):
     report.restore()
 
 
+@pytest.mark.parametrize("ours", [fastnn.nn.LayerNorm, fastnn.nn.RMSNorm])
+def test_a_subclass_of_our_norms_keeps_its_forward(ours):
+    class Doubled(ours):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    a, b, norm = torch.randn(3, 8), torch.randn(3, 8), Doubled(8)
+    normed, summed = residual.norm_and_sum(norm, residual.TwoSummands(a, b))
+    assert torch.equal(normed, norm(a + b)) and torch.equal(summed, a + b)
+
+
 def test_a_sum_that_a_branch_needs_is_taken_there():
     """GPT-2's cross-attention stands between the sum and the norm: it needs the sum itself."""
     config = transformers.GPT2Config(**GPT2, add_cross_attention=True)

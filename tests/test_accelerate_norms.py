@@ -10,7 +10,7 @@ from accelerate_models import accelerated, assert_same_answers, entry, state_of,
 from torch import nn
 
 import fastnn
-from fastnn.accelerate import fuse
+from fastnn.accelerate import residual
 from fastnn.testing import same_bits
 
 
@@ -66,8 +66,8 @@ def fused_sums(monkeypatch, run):
     """How many sums `run` takes in one kernel with their norm."""
     calls = []
     for name in ("add_layer_norm", "add_rms_norm"):
-        real = getattr(fuse, name)
-        monkeypatch.setattr(fuse, name, lambda *a, real=real: calls.append(1) or real(*a))
+        real = getattr(residual, name)
+        monkeypatch.setattr(residual, name, lambda *a, real=real: calls.append(1) or real(*a))
     run()
     monkeypatch.undo()
     return len(calls)

@@ -138,50 +138,38 @@ int64_t decoder_product_bytes(const DecoderProduct& p, DType dtype) {
 }
 
 void multiply(const DecoderProduct& w, DType dtype, int64_t M, const void* x, void* y) {
-  const Matrix rows = {x, w.K, 1, dtype};
+  const auto fill = [&](auto& p) {
+    p.M = M;
+    p.N = w.N;
+    p.K = w.K;
+    p.x = {x, w.K, 1, dtype};
+    p.packed = w.packed;
+    p.bias = w.bias;
+    p.bias_stride = 1;
+    p.y = y;
+  };
   switch (w.kind) {
     case ProductKind::kFloat: {
       LinearParams p = {};
-      p.M = M;
-      p.N = w.N;
-      p.K = w.K;
-      p.x = rows;
+      fill(p);
       p.w = {nullptr, w.K, 1, dtype};
       p.is_packed = true;
-      p.packed = w.packed;
-      p.bias = w.bias;
-      p.bias_stride = 1;
-      p.y = y;
       return linear_fwd(p);
     }
     case ProductKind::kInt8: {
       LinearInt8Params p = {};
-      p.M = M;
-      p.N = w.N;
-      p.K = w.K;
-      p.x = rows;
-      p.packed = w.packed;
-      p.bias = w.bias;
-      p.bias_stride = 1;
+      fill(p);
       p.bias_dtype = dtype;
-      p.y = y;
       return linear_int8_fwd(p);
     }
     case ProductKind::kGroups: {
       LinearGroupwiseParams p = {};
-      p.M = M;
-      p.N = w.N;
-      p.K = w.K;
-      p.x = rows;
+      fill(p);
+      p.bias_dtype = dtype;
       p.group = w.group;
       p.bits = w.bits;
       p.offsets = w.offsets;
       p.int8_input = w.int8_input;
-      p.packed = w.packed;
-      p.bias = w.bias;
-      p.bias_stride = 1;
-      p.bias_dtype = dtype;
-      p.y = y;
       return linear_groupwise_fwd(p);
     }
   }

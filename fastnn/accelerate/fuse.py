@@ -19,10 +19,10 @@ from ..nn.hooks import hooked, is_unchanged
 from ..nn.mlp import packed_of
 from ..ops.linear import ACTIVATIONS, linear_maybe_packed
 from ..ops.mlp import Operands, mlp_maybe_packed
-from ..ops.norm import add_layer_norm, add_rms_norm
 from . import activations
 from .conv1d import _Conv1D, is_conv1d
 from .purity import ABSENT, Guard
+from .residual import TwoSummands, norm_and_sum
 from .trace import Trace, containers, trace
 
 LINEAR = (torch.nn.Linear, Linear)
@@ -185,24 +185,7 @@ def _is_norm_of_sum(module: Module, node: Node) -> bool:
 
 def norm_of_sum(norm: Module, input: Any, residual: Any) -> Any:
     """`norm(input + residual)` in one kernel, as long as the norm is still what it was and the summands are alike."""
-    if (
-        type(norm) in (LayerNorm, RMSNorm)
-        and "forward" not in vars(norm)
-        and not hooked(norm)
-        and _are_rows(input, residual, norm.normalized_shape)
-    ):
-        if isinstance(norm, LayerNorm):
-            return add_layer_norm(input, residual, norm.weight, norm.bias, norm.eps)[0]
-        return add_rms_norm(input, residual, norm.weight, norm.eps)[0]  # type: ignore[arg-type]
-    return norm(input + residual)
-
-
-def _are_rows(input: Any, residual: Any, row: Any) -> bool:
-    """Whether the sum is over tensors of one kind, whose last dimension the norm is over."""
-    if not isinstance(input, Tensor) or not isinstance(residual, Tensor) or not input.dtype.is_floating_point:
-        return False
-    alike = input.shape == residual.shape and input.dtype == residual.dtype and input.device == residual.device
-    return alike and len(row) == 1 and input.shape[-1:] == row
+    return norm_and_sum(norm, TwoSummands(input, residual))[0]
 
 
 def linear_act(linear: Module, act: Module | None, activation: str, input: Tensor) -> Tensor:

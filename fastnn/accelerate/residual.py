@@ -33,7 +33,7 @@ from .standin import StandIn, checkpoints, why_no_stand_in
 _SUM, _TOTAL, _NORM = "_fastnn_sum", "_fastnn_total", "_fastnn_norm_and_sum"
 
 
-class Sum(NamedTuple):
+class TwoSummands(NamedTuple):
     """A sum that is not taken yet."""
 
     input: Any
@@ -42,12 +42,12 @@ class Sum(NamedTuple):
 
 def total(value: Any) -> Any:
     """The sum itself."""
-    return value.input + value.residual if isinstance(value, Sum) else value
+    return value.input + value.residual if isinstance(value, TwoSummands) else value
 
 
 def norm_and_sum(norm: Any, value: Any) -> tuple[Any, Any]:
     """`norm(total(value))` and `total(value)`, from one kernel where the norm is ours and the summands are alike."""
-    if isinstance(value, Sum) and are_rows_of(norm, value):
+    if isinstance(value, TwoSummands) and are_rows_of(norm, value):
         if isinstance(norm, LayerNorm):
             return add_layer_norm(value.input, value.residual, norm.weight, norm.bias, norm.eps)
         if isinstance(norm, RMSNorm):
@@ -57,7 +57,7 @@ def norm_and_sum(norm: Any, value: Any) -> tuple[Any, Any]:
     return norm(taken), taken
 
 
-def are_rows_of(norm: Any, value: Sum) -> bool:
+def are_rows_of(norm: Any, value: TwoSummands) -> bool:
     """Whether the norm is one of ours, over the last dimension, and the summands are of one kind that it takes."""
     a, b = value
     if not isinstance(norm, Module) or "forward" in vars(norm) or hooked(norm):
@@ -68,9 +68,10 @@ def are_rows_of(norm: Any, value: Sum) -> bool:
         return False
     if isinstance(norm, TheirRMSNorm):
         return norm.takes(a)
-    if not isinstance(norm, (LayerNorm, RMSNorm)):
+    if type(norm) not in (LayerNorm, RMSNorm):  # a subclass may have a forward of its own
         return False
-    return len(norm.normalized_shape) == 1 and a.shape[-1:] == norm.normalized_shape
+    row = vars(norm)["normalized_shape"]
+    return len(row) == 1 and a.shape[-1:] == row
 
 
 class Summing(StandIn):
@@ -120,7 +121,7 @@ def rewritten(base: type[Module]) -> Rewritten | None:
     norms = _rewrite(function.body)
     if not norms:
         return None
-    scope = {**forward.__globals__, _SUM: Sum, _TOTAL: total, _NORM: norm_and_sum}
+    scope = {**forward.__globals__, _SUM: TwoSummands, _TOTAL: total, _NORM: norm_and_sum}
     code = compile(ast.fix_missing_locations(tree), f"<{base.__name__}.forward, sums in norms by fastnn>", "exec")
     made: dict[str, Any] = {}
     exec(code, scope, made)  # its own namespace: a global of the function's name stays what it was

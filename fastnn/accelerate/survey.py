@@ -335,7 +335,9 @@ def _norms_of_sums(parent: Module, reading: Reading, findings: dict[Module, Find
 
 
 def _runs_on_ours(norm: Finding) -> bool:
-    return norm.patch is not None or bool(norm.backend and isinstance(norm.module, (*FASTNN, TheirRMSNorm)))
+    return norm.patch is not None or bool(
+        norm.backend and (type(norm.module) in FASTNN or isinstance(norm.module, TheirRMSNorm))
+    )
 
 
 def _inside_a_container(parent: Module, pair: Pair) -> bool:
