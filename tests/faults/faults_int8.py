@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import EPILOGUE, OPS, SIMD, Fault
+from fault import OPS, SIMD, Fault
 
 INT8, INT8_KERNEL = "tests/test_int8.py", "csrc/cpu/kernels/linear_int8.h"
 INT8_BITS = (f"{INT8}::test_same_bits_as_plain_pytorch[torch.float32-{{isa}}]",)
@@ -11,8 +11,8 @@ INT8_FAULTS = [
     Fault(
         "int8: the largest magnitude of a row misses its tail",
         f"{SIMD}codes.h",
-        "if (left <= 0) continue;",
-        "if (left < kLanes) continue;",
+        "for (; i < n; i += kLanes) {",
+        "for (; i + kLanes <= n; i += kLanes) {",
         INT8_ROWS,
     ),
     Fault(
@@ -48,9 +48,9 @@ INT8_FAULTS = [
     ),
     Fault(
         "int8: the shift of the inputs' codes is not taken back",
-        EPILOGUE,
-        "(IVec)((UVec)load(t) - (UVec)load_ints(s.offset + n))",
-        "(IVec)load(t)",
+        "csrc/cpu/gemm/tile.h",
+        "(Vec)(UVec{} - (UVec)load_ints(scales->offset + v * kLanes))",
+        "zero()",
         INT8_BITS,
     ),
     Fault(

@@ -50,8 +50,8 @@ KERNEL_FAULTS = [
     Fault(
         "product: sums start from stale scratch",
         "csrc/cpu/gemm/tile.h",
-        "t + s * kStrip, ldt, accumulate,",
-        "t + s * kStrip, ldt, true,",
+        "t + n, ldt, accumulate,",
+        "t + n, ldt, true,",
         cell("linear-fp32-{isa}-contiguous"),
     ),
     Fault(

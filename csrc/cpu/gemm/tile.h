@@ -34,55 +34,105 @@ struct Strips {
 };
 
 constexpr int64_t kLineBytes = 64;
-// What is read after this product: tiles fetch it into L2 while they compute, a line per unit.
+// What is read after this product: tiles fetch it into L2 while they compute, 1 or 2 lines per
+// unit.
 struct Ahead {
   const char* next = nullptr;
   const char* end = nullptr;
+  int lines = 1;
 };
 
-// t (row stride ldt floats) = or += rows of A times strips of B. With kFetch, a line of `ahead` per
-// unit is fetched; a template argument, because the instruction alone costs large products 3 %.
-template <class Dot, int MR, int NS, bool kFetch>
+// What makes values of a tile's sums of codes, in registers: float(sum) * (row * column) + bias.
+// `offset` is what the 128 in each of A's codes adds to a sum.
+struct TileScales {
+  const float* row;     // of the tile's rows; null where the sums of a part of K stay integers
+  const float* column;  // of its columns, as the others
+  const float* bias;    // or null
+  const int32_t* offset;
+};
+
+// t (row stride ldt floats) = or += rows of A times strips of B. kFetch lines of `ahead` per unit
+// are fetched; a template argument, because the instruction alone costs large products 3 %.
+template <class Dot, int MR, int NS, int kFetch>
 __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_bytes,
                                     int64_t unit_bytes, const Strips& strips, float* t, int64_t ldt,
-                                    bool accumulate, const char* ahead) {
+                                    bool accumulate, const char* ahead, const TileScales* scales) {
   const float* b = strips.data;
   const int64_t strip_floats = strips.strip_floats, unit_floats = strips.unit_floats;
   constexpr int NV = NS * kVecsPerStrip;
+  // One sum would wait for itself; only integers may be summed in another order.
+  constexpr int kChains = Dot::kExact && MR == 1 ? 4 : 1;
   for (int64_t left = units;;) {
-    const int64_t depth = left < Dot::kSumUnits ? left : Dot::kSumUnits;
-    Vec sums[MR][NV];
-    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-      FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] = zero();
+    const int64_t depth = Dot::kExact || left < Dot::kSumUnits ? left : Dot::kSumUnits;
+    Vec sums[kChains][MR][NV];
+    FASTNN_UNROLL for (int i = 0; i < kChains * MR; ++i) {
+      FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i / MR][i % MR][v] = zero();
     }
-#pragma GCC unroll 2
-    for (int64_t u = 0; u < depth; ++u) {
+    if constexpr (Dot::kExact) {
+      if (!accumulate) {
+        FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
+          const Vec start = (Vec)(UVec{} - (UVec)load_ints(scales->offset + v * kLanes));
+          FASTNN_UNROLL for (int i = 0; i < MR; ++i) sums[0][i][v] = start;
+        }
+      }
+    }
+    auto add_unit = [&](Vec(&to)[MR][NV]) __attribute__((always_inline)) {
       Vec column[NV];
       FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
         column[v] = load(b + v / kVecsPerStrip * strip_floats + v % kVecsPerStrip * kLanes);
       }
       FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
         const Vec row = splat(load_unit(a + i * row_bytes));
-        FASTNN_UNROLL for (int v = 0; v < NV; ++v) sums[i][v] =
-            Dot::dot(sums[i][v], row, column[v]);
+        FASTNN_UNROLL for (int v = 0; v < NV; ++v) to[i][v] = Dot::dot(to[i][v], row, column[v]);
       }
-      if constexpr (kFetch) {
+      FASTNN_UNROLL for (int line = 0; line < kFetch; ++line) {
         __builtin_prefetch(ahead, 0, 2);
         ahead += kLineBytes;
       }
       a += unit_bytes;
       b += unit_floats;
+    };
+    int64_t u = 0;
+    if constexpr (kChains > 1) {
+      for (; u + kChains <= depth; u += kChains) {
+        FASTNN_UNROLL for (int c = 0; c < kChains; ++c) add_unit(sums[c]);
+      }
+      FASTNN_UNROLL for (int c = 1; c < kChains; ++c) {
+        FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
+          sums[0][0][v] = Dot::add(sums[0][0][v], sums[c][0][v]);
+        }
+      }
     }
+#pragma GCC unroll 2
+    for (; u < depth; ++u) add_unit(sums[0]);
     if (accumulate) {
       FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
         FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
-          sums[i][v] = Dot::add(sums[i][v], load(t + i * ldt + v * kLanes));
+          sums[0][i][v] = Dot::add(sums[0][i][v], load(t + i * ldt + v * kLanes));
+        }
+      }
+    }
+    if constexpr (Dot::kExact) {
+      if (scales->row != nullptr) {
+        Vec scale[NV], bias[NV];
+        FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
+          scale[v] = load(scales->column + v * kLanes);
+          // Adding -0 changes nothing.
+          bias[v] = scales->bias != nullptr ? load(scales->bias + v * kLanes) : splat(-0.f);
+        }
+        FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+          const Vec row = splat(scales->row[i]);
+          FASTNN_UNROLL for (int v = 0; v < NV; ++v) {
+            const Vec value = __builtin_convertvector((IVec)sums[0][i][v], Vec);
+            sums[0][i][v] = value * (row * scale[v]) + bias[v];
+          }
         }
       }
     }
     FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-      FASTNN_UNROLL for (int v = 0; v < NV; ++v) store(t + i * ldt + v * kLanes, sums[i][v]);
+      FASTNN_UNROLL for (int v = 0; v < NV; ++v) store(t + i * ldt + v * kLanes, sums[0][i][v]);
     }
+    if constexpr (Dot::kExact) return;
     left -= depth;
     if (left == 0) return;
     accumulate = true;
@@ -90,11 +140,13 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
 }
 
 using TileFunction = void (*)(int64_t, const char*, int64_t, int64_t, const Strips&, float*,
-                              int64_t, bool, const char*);
+                              int64_t, bool, const char*, const TileScales*);
 
-template <class Dot, int MR, int NS, bool kFetch = false>
+template <class Dot, int MR, int NS, int kFetch = 0>
 constexpr TileFunction tile_or_null() {
-  if constexpr (MR <= kTileRows && NS <= tile_strips(MR)) {
+  constexpr bool kUsed =
+      kFetch == 0 || 2 * MR >= kTileRows;  // rows are fetched for two tiles and more
+  if constexpr (kUsed && MR <= kTileRows && NS <= tile_strips(MR)) {
     return tile<Dot, MR, NS, kFetch>;
   } else {
     return nullptr;
@@ -108,9 +160,10 @@ struct Tiles {
     TileFunction by_strips[kMaxTileStrips] = {
         tile_or_null<Dot, MR, 1>(), tile_or_null<Dot, MR, 2>(), tile_or_null<Dot, MR, 3>(),
         tile_or_null<Dot, MR, 4>()};
-    TileFunction fetching = tile_or_null<Dot, MR, tile_strips(MR), true>();  // of the widest only
+    TileFunction fetching[2] = {tile_or_null<Dot, MR, tile_strips(MR), 1>(),  // the widest only
+                                tile_or_null<Dot, MR, tile_strips(MR), 2>()};
   };
-  static TileFunction get(int64_t rows, int64_t strips, bool fetch) {
+  static TileFunction get(int64_t rows, int64_t strips, int fetch) {
     static constexpr Row<1> r1;
     static constexpr Row<2> r2;
     static constexpr Row<3> r3;
@@ -122,10 +175,10 @@ struct Tiles {
     static constexpr const TileFunction* table[8] = {r1.by_strips, r2.by_strips, r3.by_strips,
                                                      r4.by_strips, r5.by_strips, r6.by_strips,
                                                      r7.by_strips, r8.by_strips};
-    static constexpr TileFunction fetching[8] = {r1.fetching, r2.fetching, r3.fetching,
-                                                 r4.fetching, r5.fetching, r6.fetching,
-                                                 r7.fetching, r8.fetching};
-    return fetch ? fetching[rows - 1] : table[rows - 1][strips - 1];
+    static constexpr const TileFunction* fetching[8] = {r1.fetching, r2.fetching, r3.fetching,
+                                                        r4.fetching, r5.fetching, r6.fetching,
+                                                        r7.fetching, r8.fetching};
+    return fetch > 0 ? fetching[rows - 1][fetch - 1] : table[rows - 1][strips - 1];
   }
 };
 
@@ -133,16 +186,23 @@ struct Tiles {
 template <class Dot>
 FASTNN_INLINE void run_tiles(int64_t rows, int64_t strips, int64_t units, const char* a,
                              int64_t row_bytes, int64_t unit_bytes, const Strips& b, float* t,
-                             int64_t ldt, bool accumulate, Ahead* ahead = nullptr) {
+                             int64_t ldt, bool accumulate, Ahead* ahead = nullptr,
+                             const TileScales& scales = {}) {
   const int64_t widest = tile_strips((int)rows);
   for (int64_t s = 0; s < strips; s += widest) {
-    const int64_t wide = strips - s < widest ? strips - s : widest;
-    const bool fetch = ahead != nullptr && ahead->next < ahead->end && wide == widest;
+    const int64_t wide = strips - s < widest ? strips - s : widest, n = s * kStrip;
+    const bool fetches = ahead != nullptr && ahead->next < ahead->end && wide == widest;
+    const int fetch = fetches ? ahead->lines : 0;
+    TileScales of = {};
+    if constexpr (Dot::kExact) {
+      of = {scales.row, scales.column + n, scales.bias == nullptr ? nullptr : scales.bias + n,
+            scales.offset + n};
+    }
     Tiles<Dot>::get(rows, wide, fetch)(units, a, row_bytes, unit_bytes,
                                        {b.data + s * b.strip_floats, b.strip_floats, b.unit_floats},
-                                       t + s * kStrip, ldt, accumulate,
-                                       fetch ? ahead->next : nullptr);
-    if (fetch) ahead->next += units * kLineBytes;
+                                       t + n, ldt, accumulate, fetches ? ahead->next : nullptr,
+                                       &of);
+    if (fetches) ahead->next += units * fetch * kLineBytes;
   }
 }
 

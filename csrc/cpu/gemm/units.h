@@ -29,12 +29,14 @@ FASTNN_INLINE void add_bf16_pairs(Vec& c, Vec a, const void* p) {
 
 struct DotF32 {
   static constexpr int kPerUnit = 1;
+  static constexpr bool kExact = false;
   static constexpr int64_t kSumUnits = kFloatSumUnits;
   static FASTNN_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static FASTNN_INLINE Vec dot(Vec c, Vec a, Vec b) { return fma(a, b, c); }
 };
 struct DotBf16 {
   static constexpr int kPerUnit = 2;
+  static constexpr bool kExact = false;
   static constexpr int64_t kSumUnits = kFloatSumUnits;
   static FASTNN_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static FASTNN_INLINE Vec dot(Vec c, Vec a, Vec b) { return dot_bf16_pairs(c, a, b); }
@@ -46,7 +48,8 @@ struct Int8 {
 // Sums are int32 in the lanes of a Vec, exact whatever their order, so they are never cut.
 struct DotInt8 {
   static constexpr int kPerUnit = 4;
-  static constexpr int64_t kSumUnits = int64_t{1} << 40;
+  static constexpr bool kExact = true;
+  static constexpr int64_t kSumUnits = 0;  // never cut
   static FASTNN_INLINE Vec add(Vec a, Vec b) { return (Vec)((UVec)a + (UVec)b); }
   static FASTNN_INLINE Vec dot(Vec c, Vec a, Vec b) { return dot_code_quads(c, a, b); }
 };

@@ -24,7 +24,18 @@ void quantise_rows_typed(const Matrix& x, int64_t K, int64_t begin, int64_t end,
     }
     scale[m] = code_scale(bits);
     const Vec inverse = splat(1.f / scale[m]);
-    for (int64_t i = 0; i < K; i += kLanes) {
+    int64_t i = 0;
+    if (x.col_stride == 1) {
+      for (; i + kCodeVecs * kLanes <= K; i += kCodeVecs * kLanes) {
+        IVec whole[kCodeVecs];
+        FASTNN_UNROLL for (int v = 0; v < kCodeVecs; ++v) {
+          __builtin_prefetch(row + x.row_stride + i + v * kLanes);  // the next row
+          whole[v] = nearest_int(load(row + i + v * kLanes) * inverse);
+        }
+        store_code_vecs(out + i, whole, flip);
+      }
+    }
+    for (; i < K; i += kLanes) {
       const int count = K - i < kLanes ? (int)(K - i) : kLanes;
       store_codes(out + i, nearest_int(load_strided(row, i, count, x.col_stride) * inverse), count,
                   flip);

@@ -83,29 +83,56 @@ FASTNN_INLINE void store_codes(uint8_t* p, IVec v, int count, uint8_t flip) {
 #endif
 }
 
+// As store_codes, all codes of v[0], v[1] and so on next to each other.
+constexpr int kCodeVecs = 4;
+FASTNN_INLINE void store_code_vecs(uint8_t* p, const IVec (&v)[kCodeVecs], uint8_t flip) {
+#if defined(__AVX512BW__)
+  const __m512i low = _mm512_packs_epi32((__m512i)v[0], (__m512i)v[1]);
+  const __m512i high = _mm512_packs_epi32((__m512i)v[2], (__m512i)v[3]);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+  _mm512_storeu_si512(p, _mm512_xor_si512(bytes, _mm512_set1_epi8((char)flip)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]);
+  const __m256i high = _mm256_packs_epi32((__m256i)v[2], (__m256i)v[3]);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_xor_si256(bytes, _mm256_set1_epi8((char)flip)));
+#else
+  for (int i = 0; i < kCodeVecs; ++i) store_codes(p + i * kLanes, v[i], kLanes, flip);
+#endif
+}
+
 constexpr int32_t kInfinityBits = 0x7f800000;
 constexpr float kLeastScale = 0x1p-126f;  // its reciprocal is finite; a row of zeros has this one
 constexpr float kMaxCode = 127.f;
 
-// Magnitudes compared as integers: NaN counts as larger than infinity, that as larger than
-// everything finite.
+// The bits of the largest magnitude of row[first .. first + n), which are in its order; at least
+// those of infinity where one is infinite or NaN.
 template <class T>
 FASTNN_INLINE int32_t largest_magnitude_bits(const T* row, int64_t first, int64_t n,
                                              int64_t stride) {
   constexpr int kWide = 4;
   IVec top[kWide] = {};
-  for (int64_t i = 0; i < n; i += kWide * kLanes) {
-    FASTNN_UNROLL for (int v = 0; v < kWide; ++v) {
-      const int64_t left = n - i - v * kLanes;
-      if (left <= 0) continue;
-      const int count = left < kLanes ? (int)left : kLanes;
-      top[v] =
-          max_ints(top[v], as_int(abs(load_strided(row, first + i + v * kLanes, count, stride))));
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kWide * kLanes <= n; i += kWide * kLanes) {
+      FASTNN_UNROLL for (int v = 0; v < kWide; ++v) {
+        top[v] = max_ints(top[v], as_int(abs(load(row + first + i + v * kLanes))));
+      }
     }
   }
+  for (; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? (int)(n - i) : kLanes;
+    top[0] = max_ints(top[0], as_int(abs(load_strided(row, first + i, count, stride))));
+  }
   const IVec all = max_ints(max_ints(top[0], top[1]), max_ints(top[2], top[3]));
-  int32_t bits = all[0];
-  for (int i = 1; i < kLanes; ++i) bits = all[i] > bits ? all[i] : bits;
+  const Vec values = as_float(all);
+  if (any_differs(values - values, zero())) return kInfinityBits;
+  const float largest = max_lanes(values);
+  int32_t bits;
+  std::memcpy(&bits, &largest, sizeof bits);
   return bits;
 }
 
