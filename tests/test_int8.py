@@ -208,6 +208,26 @@ def test_floating_weights_are_not_loaded_into_codes():
     assert torch.equal(layer.weight, before)
 
 
+def test_a_call_that_needs_only_the_kernel_still_checks(extension):
+    """Without gradients a layer's call goes straight to the kernel."""
+    layer, x = make_layer(), randn(5, 33)
+    with torch.no_grad():
+        expected = linear_int8_reference(x, layer.weight, layer.weight_scale, layer.bias, None)
+        assert same_bits(layer(x), expected) and same_bits(layer(x[0]), expected[0])
+        assert layer(x.double()).dtype == torch.float64  # by the reference
+        for bad, error in ((x[:, :32], ValueError), (torch.tensor(1.0), ValueError), (x.int(), TypeError)):
+            with pytest.raises(error, match=r"in_features|floating"):
+                layer(bad)
+        with pytest.raises(TypeError, match="Tensor"):
+            layer([1.0] * 33)
+        layer.bias = torch.nn.Parameter(randn(49))
+        with pytest.raises(ValueError, match="bias must have shape"):
+            layer(x)
+        layer.bias, layer.activation = None, "swish"
+        with pytest.raises(ValueError, match="activation"):
+            layer(x)
+
+
 def test_constructor_and_from_float():
     assert repr(Int8Linear(3, 4, activation="relu")) == (
         "Int8Linear(in_features=3, out_features=4, bias=True, activation='relu')"

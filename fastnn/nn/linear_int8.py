@@ -72,8 +72,9 @@ class Int8Linear(QuantizedLinear):
 
     def run(self, input: Tensor, activation: str | None) -> Tensor:
         """As in the base class."""
-        packed = self.packed.get_codes(self.weight, self.weight_scale)
-        return linear_int8_maybe_packed(input, self.weight, self.weight_scale, self.bias, activation, packed)
+        codes, scale = self.weight, self.weight_scale
+        packed = self.packed.get_codes(codes, scale)
+        return linear_int8_maybe_packed(input, codes, scale, self.bias, activation, packed)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, (out_features, in_features)."""
