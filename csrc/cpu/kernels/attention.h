@@ -35,7 +35,7 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
   float* const sum = running_max + kQueries;
   float* const factor = sum + kQueries;
   const int64_t width = t.strips * kStrip;
-  const ScoreScale scale = score_scale<Dot>(p);
+  const ScoreScale scale = score_scale_base2<Dot>(p);
   const Strips q = queries_in_lanes<Dot>(head_data<T>(p.q, t.b, t.head) + t.first * p.q.row_stride,
                                          p.q.row_stride, t, p.D, scale.queries, scratch);
   constexpr bool kPairs = Dot::kPerUnit == 2;
@@ -60,41 +60,48 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
     scale_scores(scale.first, keys, width, s);
     finish_scores(p, t, j0, keys, s, nullptr);
     bool rescale = false;
-    for (int64_t r = 0; r < width; r += kLanes) {
-      const int64_t count = seen.by(r);
-      const Vec before = load(running_max + r);
-      Vec m[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
-      for (int64_t j = 0; j < count; ++j) m[j & 1] = max(load(s + j * kQueries + r), m[j & 1]);
-      const Vec after = max(max(m[0], m[1]) * inside, before);
-      // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out; every e^(-inf - 0) is 0.
-      const Vec top = select(after == splat(-__builtin_inff()), zero(), after);
-      const Vec correction = exp2<false>(before - top);
-      Vec total[2] = {load(sum + r) * correction, zero()};
-      auto weigh = [&](int64_t j, Vec& to) __attribute__((always_inline)) {
-        const Vec x = load(s + j * kQueries + r);
-        const Vec e = exp2<kPairs>(fma(x, inside, -top));
-        to += e;
-        return e;
+    // Scores of base 2, or natural ones, which become that as differences.
+    auto weigh_all = [&](auto natural) __attribute__((always_inline)) {
+      const auto power = [](Vec x) __attribute__((always_inline)) {
+        return decltype(natural)::value ? x * kLog2E : x;
       };
-      int64_t j = 0;
-      if (round_at_once) {  // in place: rows 2 i and 2 i + 1 have been read when row i is written
-        for (; j + 1 < count; j += 2) {
-          const Vec even = weigh(j, total[0]), odd = weigh(j + 1, total[1]);
-          store(s + j / 2 * kQueries + r, to_bf16_pairs(even, odd));
+      for (int64_t r = 0; r < width; r += kLanes) {
+        const int64_t count = seen.by(r);
+        const Vec before = load(running_max + r);
+        Vec m[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
+        for (int64_t j = 0; j < count; ++j) m[j & 1] = max(load(s + j * kQueries + r), m[j & 1]);
+        const Vec after = max(max(m[0], m[1]) * inside, before);
+        // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out; every e^(-inf - 0) is 0.
+        const Vec top = select(after == splat(-__builtin_inff()), zero(), after);
+        const Vec correction = exp2<false>(power(before - top));
+        Vec total[2] = {load(sum + r) * correction, zero()};
+        auto weigh = [&](int64_t j, Vec& to) __attribute__((always_inline)) {
+          const Vec x = load(s + j * kQueries + r);
+          const Vec e = exp2<kPairs>(power(fma(x, inside, -top)));
+          to += e;
+          return e;
+        };
+        int64_t j = 0;
+        if (round_at_once) {  // in place: rows 2 i and 2 i + 1 have been read when row i is written
+          for (; j + 1 < count; j += 2) {
+            const Vec even = weigh(j, total[0]), odd = weigh(j + 1, total[1]);
+            store(s + j / 2 * kQueries + r, to_bf16_pairs(even, odd));
+          }
+          if (j < count) store(s + j / 2 * kQueries + r, to_bf16_pairs(weigh(j, total[0]), zero()));
+        } else {
+          for (; j + 1 < count; j += 2) {
+            store(s + j * kQueries + r, weigh(j, total[0]));
+            store(s + (j + 1) * kQueries + r, weigh(j + 1, total[1]));
+          }
+          if (j < count) store(s + j * kQueries + r, weigh(j, total[0]));
         }
-        if (j < count) store(s + j / 2 * kQueries + r, to_bf16_pairs(weigh(j, total[0]), zero()));
-      } else {
-        for (; j + 1 < count; j += 2) {
-          store(s + j * kQueries + r, weigh(j, total[0]));
-          store(s + (j + 1) * kQueries + r, weigh(j + 1, total[1]));
-        }
-        if (j < count) store(s + j * kQueries + r, weigh(j, total[0]));
+        store(sum + r, total[0] + total[1]);
+        store(running_max + r, after);
+        store(factor + r, correction);
+        rescale = rescale || (j0 > key_begin && any_differs(before, after));
       }
-      store(sum + r, total[0] + total[1]);
-      store(running_max + r, after);
-      store(factor + r, correction);
-      rescale = rescale || (j0 > key_begin && any_differs(before, after));
-    }
+    };
+    scale.between ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
     if (rescale) {
       for (int64_t d = 0; d < p.D_v; ++d) {
         for (int64_t r = 0; r < width; r += kLanes)
@@ -117,7 +124,7 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
     const Vec total = load(sum + r);
     const Vec none = total;
     store(factor + r, select(none == zero(), zero(), 1.f / total));
-    const Vec lse = fma(load(running_max + r), splat(kLn2), log(total));
+    const Vec lse = fma(load(running_max + r), splat(scale.between ? 1.f : kLn2), log(total));
     store(sum + r, select(none == zero(), splat(__builtin_inff()), lse));
   }
   unpack_queries(o, t.rows, p.D_v, factor,

@@ -106,9 +106,9 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   const T* const q = head_data<T>(p.q, t.b, t.head) + t.first * p.q.row_stride;
   const T* const out = head_data<T>(b.out, t.b, t.head) + t.first * b.out.row_stride;
   const T* const d_out = head_data<T>(b.d_out, t.b, t.head) + t.first * b.d_out.row_stride;
-  // float32 weights are e^(score - logsumexp), not of base 2: a logsumexp times log2(e) is rounded
-  // once more.
-  const Strips q_lanes = queries_in_lanes<Dot>(q, p.q.row_stride, t, p.D, p.scale, m.q_lanes);
+  // Weights are e^(score - logsumexp), not of base 2: a logsumexp times log2(e) is rounded again.
+  const ScoreScale scale = score_scale<Dot>(p);
+  const Strips q_lanes = queries_in_lanes<Dot>(q, p.q.row_stride, t, p.D, scale.queries, m.q_lanes);
   const Strips do_lanes =
       queries_in_lanes<Dot>(d_out, b.d_out.row_stride, t, p.D_v, 1.f, m.do_lanes);
   copy_rows<Dot>(q, p.q.row_stride, t.rows, p.D, m.q_rows);
@@ -116,7 +116,6 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   for (int64_t r = 0; r < kQueries; ++r) {
     m.lse[r] = r < t.rows ? b.lse[(t.b * p.H + t.head) * p.lse_head_stride + t.first + r]
                           : __builtin_inff();
-    if (kPairs) m.lse[r] *= kLog2E;
     m.ones[r] = p.scale;
     m.delta[r] = 0.f;
     if (r >= t.rows) continue;
@@ -127,7 +126,6 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   }
   for (int64_t i = 0; i < p.D * kQueries; i += kLanes) store(m.dq + i, zero());
   const bool few = is_decoding(p);
-  const ScoreScale scale = score_scale<Dot>(p);
   for (int64_t j0 = first_key<Dot>(t); j0 < t.key_end; j0 += kKeys) {
     const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
     const SeenKeys seen = seen_keys(p, t, j0, keys);
@@ -152,7 +150,7 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
     each_seen([&](int64_t j, int64_t r) __attribute__((always_inline)) {
       const Vec score = load(m.p + j * kQueries + r), lse = load(m.lse + r);
       store(m.p + j * kQueries + r,
-            kPairs ? exp2<true>(fma(score, splat(scale.inside), -lse)) : exp(score - lse));
+            kPairs ? rough_exp(fma(score, splat(scale.inside), -lse)) : exp(score - lse));
     });
     auto to_gradient = [&](int64_t j, int64_t r, Vec dp) __attribute__((always_inline)) {
       const Vec weight = load(m.p + j * kQueries + r);

@@ -10,18 +10,28 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// Where the factors of the scores go: into the queries as they are packed, before what comes in
-// between (cap, mask), and inside the exponential, which is one of base 2. float32 queries are
-// packed with all of them; pairs stay exact, and -inf stays -inf.
+// e^x of what is rounded to bfloat16, x up to 88: within 3e-6, and what x * log2(e) loses.
+FASTNN_INLINE Vec rough_exp(Vec x) { return exp2<true>(x * kLog2E); }
+
+// Where the scale meets the scores: in the queries as they are packed, before what comes in between
+// (cap, mask), or inside the exponential. Pairs stay exact, and -inf stays -inf.
 struct ScoreScale {
   float queries, first, inside;
+  bool between;
 };
 template <class Dot>
 FASTNN_INLINE ScoreScale score_scale(const AttentionParams& p) {
-  constexpr bool kPairs = Dot::kPerUnit == 2;
-  if (p.softcap != 0.f || p.mask_kind != MaskKind::kNone || !(p.scale > 0.f))
-    return kPairs ? ScoreScale{1.f, p.scale, kLog2E} : ScoreScale{p.scale, 1.f, kLog2E};
-  return kPairs ? ScoreScale{1.f, 1.f, p.scale * kLog2E} : ScoreScale{p.scale * kLog2E, 1.f, 1.f};
+  const bool between = p.softcap != 0.f || p.mask_kind != MaskKind::kNone || !(p.scale > 0.f);
+  if (Dot::kPerUnit == 1) return {p.scale, 1.f, 1.f, between};
+  return between ? ScoreScale{1.f, p.scale, 1.f, true} : ScoreScale{1.f, 1.f, p.scale, false};
+}
+// The same for weights of base 2, where nothing comes in between: the scale takes log2(e) along.
+// Masked scores may be as low as numbers go, and times log2(e) be -inf.
+template <class Dot>
+FASTNN_INLINE ScoreScale score_scale_base2(const AttentionParams& p) {
+  ScoreScale scale = score_scale<Dot>(p);
+  if (!scale.between) (Dot::kPerUnit == 1 ? scale.queries : scale.inside) *= kLog2E;
+  return scale;
 }
 inline void scale_scores(float factor, int64_t keys, int64_t width, float* s) {
   if (factor == 1.f) return;
