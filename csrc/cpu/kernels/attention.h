@@ -20,6 +20,19 @@ int64_t attention_fwd_scratch(const AttentionParams& p) {
   return kQueries * (p.D + p.D_v + kKeys) + 3 * kQueries + 4 * kStrip;
 }
 
+// Of x[0], x[kQueries], ... (count of them), per lane; NaN is left out. Four chains: one is bound
+// by its latency.
+FASTNN_INLINE Vec column_max(const float* x, int64_t count) {
+  const Vec lowest = splat(-__builtin_inff());
+  Vec m[4] = {lowest, lowest, lowest, lowest};
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    FASTNN_UNROLL for (int i = 0; i < 4; ++i) m[i] = max(load(x + (j + i) * kQueries), m[i]);
+  }
+  for (; j < count; ++j) m[0] = max(load(x + j * kQueries), m[0]);
+  return max(max(m[0], m[1]), max(m[2], m[3]));
+}
+
 // The operands of forward's two products as `Dot` takes them: keys by features, values by keys.
 struct KeysValues {
   RowPanel k, v;
@@ -68,9 +81,7 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
       for (int64_t r = 0; r < width; r += kLanes) {
         const int64_t count = seen.by(r);
         const Vec before = load(running_max + r);
-        Vec m[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
-        for (int64_t j = 0; j < count; ++j) m[j & 1] = max(load(s + j * kQueries + r), m[j & 1]);
-        const Vec after = max(max(m[0], m[1]) * inside, before);
+        const Vec after = max(column_max(s + r, count) * inside, before);
         // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out; every e^(-inf - 0) is 0.
         const Vec top = select(after == splat(-__builtin_inff()), zero(), after);
         const Vec correction = exp2<false>(power(before - top));
