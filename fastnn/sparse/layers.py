@@ -19,7 +19,8 @@ from ..quant.linear import is_conv1d
 from ..quant.measure import medians
 from .breakeven import packed_dense
 from .config import Sparsify, configs_of
-from .masks import add_mask, drop_mask, hook_of, mask_of, masked_weight, parameter_of, strip
+from .convert import become
+from .masks import add_mask, mask_of, masked_weight, parameter_of, strip
 from .report import Entry
 from .select import in_blocks, input_energy, kept_units, of_weights, worth
 
@@ -114,11 +115,11 @@ def _why_not(module: Module, config: Sparsify) -> str:
         return "is quantised: make it sparse first"
     if not isinstance(module, torch.nn.Linear) and not is_conv1d(module):
         return f"Sparsify takes no {kind}"
-    if type(module) not in (torch.nn.Linear, nn.Linear) and not is_conv1d(module):
-        return f"{kind} is a subclass of Linear, maybe with a forward of its own"
     parameter, bias = parameter_of(module), getattr(module, "bias", None)
     if parametrize.is_parametrized(module) or parameter is None:
         return "its weight is computed from others at each call"
+    if type(module) not in (torch.nn.Linear, nn.Linear) and not is_conv1d(module):
+        return f"{kind} is a subclass of Linear, maybe with a forward of its own"
     if config.unit == "block" and bias is not None and not isinstance(bias, Parameter):
         return "its bias is computed from others at each call"
     if "forward" in vars(module):
@@ -203,9 +204,9 @@ def _energies(model: Module, layers: Sequence[Layer], calibration: Iterable[Any]
         raise ValueError(
             f"fastnn.sparsify_: {missing if asked else 'nothing in the configuration asks for calibration'}"
         )
-    if calibration is None:
-        return {}
     asking = [layer for layer in layers if not layer.reason and layer.wanted.importance == "wanda"]
+    if calibration is None or not asking:
+        return {}
     seen = input_energy(model, [layer.module for layer in asking], calibration)
     found: dict[Module, Tensor] = {}
     for layer in asking:
@@ -343,18 +344,3 @@ def commit(model: Module, layers: Sequence[Layer]) -> None:
             permanent += [layer.module] if layer.permanent else []
     strip(model, permanent)
     mind_fast_path(model)
-
-
-def become(module: Module, made: nn.BlockSparseLinear) -> None:
-    """Gives `module` the class, parameters, buffers and attributes of `made`; its hooks and name stay."""
-    if hook_of(module) is not None:
-        drop_mask(module)
-    module._parameters.pop("weight", None)
-    module._parameters.update(made._parameters)
-    module._buffers.update(made._buffers)
-    state, every = vars(module), vars(Module()).keys()
-    packed = state.pop("packed", None)
-    if packed is not None:
-        packed.drop()
-    state.update({name: value for name, value in vars(made).items() if name not in every})
-    module.__class__ = type(made)
