@@ -299,6 +299,12 @@ def test_tied_head_is_untied_only_by_name(net):
     assert torch.equal(net.embed.weight, table)
 
 
+def test_a_parameter_of_the_model_is_a_tie_too(net):
+    net.table = net.body[0].weight
+    report = fastnn.sparsify_(net, Sparsify(0.5))
+    assert "shares its weight with table" in entry(report, "body.0").reason and net.body[0].weight is net.table
+
+
 def test_tied_head_stripped_of_its_mask_leaves_the_table(net):
     table = net.embed.weight.detach().clone()
     fastnn.sparsify_(net, Sparsify(0.5, "weight"), include="head")
@@ -384,16 +390,16 @@ def test_files_keep_blocks(net, tmp_path):
 
 
 def test_masks_of_torchs_are_read(extension):
-    layer = nn.Linear(32, 32)
-    layer.weight.data.copy_(randn(32, 32))
+    layer, twin = nn.Linear(32, 32), nn.Linear(32, 32)
     mask = torch.ones(32, 32)
     mask[:16, :12] = 0  # three blocks, and a part of one that is worth much
     mask[0, 12] = 0
-    layer.weight.data[:16, :16] *= 100
-    prune.custom_from_mask(layer, "weight", mask)
-    weight, twin = layer.weight.detach().clone(), copy.deepcopy(layer)
+    for one in (layer, twin):
+        one.weight.data.copy_(randn(32, 32))[:16, :16] *= 100
+        prune.custom_from_mask(one, "weight", mask)
     fastnn.sparsify_(twin, Sparsify(2))
     assert twin.blocks == 16 - 3, "what is gone stays gone"
+    weight = layer.weight.detach().clone()
     report = fastnn.sparsify_(layer, Sparsify(5))
     assert layer.blocks == 16 - 5 and not hasattr(layer, "weight_orig") and not layer._forward_pre_hooks
     left = layer.dense() != 0

@@ -37,6 +37,8 @@ class Layer:
     config: Sparsify | None = None
     reason: str = ""
     """Why it is left alone."""
+    elsewhere: str = ""
+    """Path of a parameter that is its weight, too, but no layer's."""
     remarks: list[str] = field(default_factory=list)
     kept: Tensor | None = None
     """Which of its units stay; None where they were not looked at."""
@@ -77,6 +79,11 @@ def layers_of(model: Module, config: object) -> list[Layer]:
             one = next((one for pattern, one in configs if fnmatchcase(name, pattern)), None)
             found.append(Layer(name, module, one))
     _patterns("config", tuple(pattern for pattern, _ in configs if pattern != "*"), found)
+    weights = {id(parameter_of(layer.module)): layer for layer in found}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if id(parameter) in weights and parameter is not parameter_of(owner):
+            weights[id(parameter)].elsewhere = name
     return found
 
 
@@ -143,7 +150,8 @@ def _tie(layers: list[Layer], named: bool) -> None:
         parameter = parameter_of(layer.module)
         by_weight.setdefault(id(layer if parameter is None else parameter), []).append(layer)
     for group in by_weight.values():
-        keeping = [layer for layer in group if layer.reason]
+        keeping = [layer.name or "the model" for layer in group if layer.reason]
+        keeping += [layer.elsewhere for layer in group if layer.elsewhere]
         chosen = [layer for layer in group if not layer.reason]
         for layer in chosen:
             first = chosen[0]
@@ -154,10 +162,9 @@ def _tie(layers: list[Layer], named: bool) -> None:
             if not _alike(first, layer):
                 first.reason = layer.reason = f"{first.name} and {layer.name} share a weight, transposed or masked"
             elif keeping and not named:
-                other = keeping[0].name or "the model"
-                layer.reason = f"shares its weight with {other}, which keeps it; name it in `include` to untie it"
+                layer.reason = f"shares its weight with {keeping[0]}, which keeps it; name it in `include` to untie it"
             elif keeping:
-                layer.remarks.append(f"no longer tied to {keeping[0].name or 'the model'}, which keeps the weight")
+                layer.remarks.append(f"no longer tied to {keeping[0]}, which keeps the weight")
         for layer in chosen:
             layer.reason = layer.reason or chosen[0].reason
             layer.tied = chosen
@@ -230,6 +237,8 @@ def prepare(layers: Sequence[Layer]) -> None:
             kind = type(layer.module).__name__
             layer.became = f"{kind}, zeros" if layer.permanent else f"{kind}, masked"
             layer.remarks.append("zeros in a dense weight: no faster, no smaller")
+            if not layer.permanent and getattr(layer.module, "packed", None) is not None:
+                layer.remarks.append("packed anew at each call until fastnn.strip_")
             continue
         layer.made, layer.became = _block_sparse(layer, layer.kept), nn.BlockSparseLinear.__name__
         if layer.input is None:
