@@ -59,9 +59,8 @@ def medians(calls: Sequence[Callable[[Tensor], object]], input: Tensor) -> tuple
             one(input)
         stop = time.perf_counter() + len(calls) * _SECONDS
         while len(runs[0]) < _LEAST_RUNS or time.perf_counter() < stop:
-            first = len(runs[0]) % len(calls)  # another each time: what interrupts in a rhythm must not choose
-            for i in [*range(first, len(calls)), *range(first)]:
+            for one, times in zip(calls, runs, strict=True):
                 start = time.perf_counter()
-                calls[i](input)
-                runs[i].append(time.perf_counter() - start)
+                one(input)
+                times.append(time.perf_counter() - start)
     return tuple(statistics.median(times) * 1e3 for times in runs)

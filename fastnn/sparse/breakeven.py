@@ -116,8 +116,8 @@ def advise(
 
     For each batch and density three layers of the same shape run in turns in one process, on random numbers: one with
     equally many blocks at random places in each strip, fastnn's dense one on a packed weight, and torch's. With as many
-    threads as torch has set. It takes about a tenth of a second a point, more where five calls take more. Other programs
-    that take the cores meanwhile make the result worthless.
+    threads as torch has set. It takes about a tenth of a second a point, more where five calls take more. Other
+    programs that take the cores meanwhile make the result worthless.
 
     Args:
         layer: a torch or fastnn Linear, Hugging Face's Conv1D or a BlockSparseLinear, of a type and on a device that
