@@ -28,6 +28,13 @@ FASTNN_INLINE Vec exp(Vec x) {
   return scale_by_power(fma(r * r, q, r) + 1.f, n);
 }
 
+// Whether fma() rounds once.
+#if defined(__AVX2__) || defined(__aarch64__)
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
+
 // 2^x for x <= 128, 0 from -160 on; 2^r = 1 + r q(r) on [-1/2, 1/2], fit 1.6e-8 relative. Rough:
 // 2.8e-6, enough for what is rounded to 16 bits.
 template <bool kRough>
