@@ -23,6 +23,7 @@ from torch.nn import Module
 from . import nn
 from ._dispatch import use_backend
 from .accelerate.isolate import check_model
+from .cli import MissingExtra
 from .ops.linear import ACTIVATIONS
 from .quant import dequantize_
 
@@ -156,6 +157,13 @@ def _error(found: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
+def check_installed() -> None:
+    """Raises MissingExtra, an ImportError, where something that an export needs is not there."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{WHERE}: needs {', '.join(missing)}; install with:  pip install 'fastnn[onnx]'")
+
+
 def export(model: Module, path: str | os.PathLike[str], example_inputs: Any, *, dynamic_shapes: Any = None) -> Exported:
     """Writes the model as an ONNX file, runs the file by onnxruntime on the example, and compares.
 
@@ -180,9 +188,7 @@ def export(model: Module, path: str | os.PathLike[str], example_inputs: Any, *, 
         OSError: the file cannot be written.
     """
     check_model("export", model)
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{WHERE}: needs {', '.join(missing)}; install with:  pip install 'fastnn[onnx]'")
+    check_installed()
     path = Path(path)
     args, kwargs = _split(example_inputs)
     shadow = copy.deepcopy(model).eval()

@@ -58,6 +58,32 @@ def test_a_gguf_keeps_its_codes(tmp_path, capsys):
     assert "own codes are kept" in capsys.readouterr().err
 
 
+def test_an_onnx_file_beside_it(folder, capsys, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    out, file = folder / "m.safetensors", folder / "m.onnx"
+    arguments = ["compress", str(folder / "model"), "--int4", "--group-size", "32", "--tokens", "8"]
+    assert cli.main([*arguments, "--out", str(out), "--onnx", str(file)]) == 0
+    assert "15 layers int4, 1 layers left with floating weights" in " ".join(capsys.readouterr().out.split())
+    from transformers import LlamaForCausalLM
+
+    model = fastnn.load(out, LlamaForCausalLM.from_pretrained(folder / "model")).eval()
+    ids = torch.arange(15).reshape(3, 5)  # other sizes than the example's, and rows that end earlier
+    mask = (torch.arange(5) < torch.tensor([[5], [2], [1]])).long()
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert (torch.from_numpy(found) - expected)[mask.bool()].abs().max() <= 1e-4 * expected.abs().max()
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("other numbers")
+
+    monkeypatch.setattr(compress, "export", fails)
+    assert cli.main([*arguments, "--out", str(out), "--onnx", str(file)]) == 1
+    assert "no ONNX file was written: other numbers" in capsys.readouterr().err
+
+
 def test_says_why_it_does_not_begin(folder, capsys):
     out = str(folder / "m.safetensors")
     for arguments, words in (
