@@ -1,4 +1,4 @@
-"""`python -m fastnn compress MODEL --int8|--int4 --out FILE [--onnx FILE]`: weights as codes, in a file that was read back.
+"""`python -m fastnn compress MODEL --int8|--int4 --out FILE [--onnx FILE]`: weights as codes, in files read back.
 
 MODEL is a folder as Hugging Face's `save_pretrained` writes it, the name of a model that its cache has, or a GGUF
 file. The report says of every layer what became of it, and the file is loaded into a fresh model, whose weights and
@@ -209,7 +209,7 @@ def _onnx(model: Any, path: Path, ids: Tensor) -> str:
     model.config.use_cache = False  # keys and values would be results, too
     shapes = {name: {0: "batch", 1: "tokens"} for name in example}
     found = export(model, path, example, dynamic_shapes=shapes)
-    kinds = {"int8": found.int8, "int4": found.int4, "left with floating weights": found.floating}
+    kinds = {"int8": found.int8, "on codes in groups": found.grouped, "left with floating weights": found.floating}
     layers = ", ".join(f"{len(names)} layers {kind}" for kind, names in kinds.items() if names)
     return (
         f"ONNX, run by onnxruntime: {found.nbytes / 2**20:.1f} MiB, {layers}, off by {found.error:.1e} of the largest "
