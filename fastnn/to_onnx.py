@@ -125,7 +125,7 @@ class _Groups(_Node):
                          layer.weight_scale.float(), layer)  # fmt: skip
         self.register_buffer("zeros", zeros)
         sizes = {"N": layer.out_features, "K": layer.in_features, "bits": _bits(layer), "block_size": layer.group_size}
-        self.options = {**sizes, **({"accuracy_level": _INT8_INPUTS} if layer.int8_input else {})}
+        self.options: dict[str, Any] = {**sizes, **({"accuracy_level": _INT8_INPUTS} if layer.int8_input else {})}
 
     def product(self, x: Tensor) -> Tensor:
         parts = (x, self.codes, self.scale) if self.zeros is None else (x, self.codes, self.scale, self.zeros)
@@ -144,7 +144,8 @@ class _Table(Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scale", layer.weight_scale.float())
         self.width = layer.embedding_dim
-        self.options = {"bits": _bits(layer), "block_size": layer.group_size, "gather_axis": 0, "quantize_axis": 1}
+        kept = {"bits": _bits(layer), "block_size": layer.group_size}
+        self.options: dict[str, Any] = {**kept, "gather_axis": 0, "quantize_axis": 1}
 
     def forward(self, ids: Tensor) -> Tensor:
         parts, shape, name = (

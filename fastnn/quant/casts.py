@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dis
 import inspect
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -13,9 +15,9 @@ from .. import nn
 
 
 @cache
-def _attributes(kind: type[Module]) -> tuple[str | None, ...]:
-    """The names of attributes that the class's forward reads, in its code's order; None for other instructions."""
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+def _attributes(forward: Callable[..., Any] | None) -> tuple[str | None, ...]:
+    """The names of attributes that a function reads, in its code's order; None for other instructions."""
+    code = None if forward is None else getattr(inspect.unwrap(forward), "__code__", None)
     if code is None:
         return ()
     return tuple(
@@ -34,7 +36,7 @@ def reader_of_type(model: Module, path: str, made: nn.QuantizedModule) -> str:
     parts = path.split(".")
     for depth in range(len(parts)):
         kind = type(model.get_submodule(".".join(parts[:depth])))
-        names, wanted = _attributes(kind), (*parts[depth:], "weight", "dtype")
+        names, wanted = _attributes(getattr(kind, "forward", None)), (*parts[depth:], "weight", "dtype")
         spared = made.code_dtype == torch.int8 and "int8" in names
         if not spared and any(names[i : i + len(wanted)] == wanted for i in range(len(names))):
             return kind.__name__
