@@ -45,7 +45,7 @@ def tune(on: bool = True) -> None:
 
     The process then stays as large as it ever was. It is glibc's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (mallopt(3)),
     for the whole process and all its libraries. `tune(False)` goes back to giving back blocks above 32 MiB, and
-    gives back now what is free.
+    gives back now what is free; of the heap, what lies below blocks in use stays, for the next tensor.
 
     Raises RuntimeError where malloc does not obey: under another allocator (jemalloc, tcmalloc, musl), most of which
     keep memory by themselves.

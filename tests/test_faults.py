@@ -36,7 +36,7 @@ def test_fault_can_be_planted(fault):
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    "every", [pytest.param(1, id="all", marks=pytest.mark.slow), pytest.param(20, id="each twentieth")]
+    "every", [pytest.param(1, id="all", marks=pytest.mark.slow), pytest.param(30, id="each thirtieth")]
 )
 def test_every_fault_is_caught(every, extension, capsys):
     lacking = [tool for tool in ("cmake", "ninja", "c++") if not shutil.which(tool, path=TOOLS)]

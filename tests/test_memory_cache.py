@@ -303,7 +303,8 @@ tuned = faults()
 assert fastnn.memory.stats()["tuned"]
 fastnn.memory.tune(False)
 assert not fastnn.memory.stats()["tuned"]
-print(plain > 4 * 1000, tuned < plain / 50, faults() > plain / 2)
+# One of the four at least: what a small block above it holds in the heap comes back once, and is reused then.
+print(plain > 4 * 1000, tuned < plain / 50, faults() > plain / 8)
 """
 
 
