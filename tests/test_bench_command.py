@@ -240,6 +240,8 @@ def test_rows_contenders_and_limits_can_be_listed(tmp_path, extension):
     listed = bench("--list", cwd=tmp_path)
     assert listed.returncode == 0 and "softmax_bwd/bf16 (49152, 512)" in listed.stdout
     assert all(name in listed.stdout for name, who in CONTENDERS.items() if "cpu" in who.devices)
+    only = bench("cross-entropy", "--list", cwd=tmp_path).stdout
+    assert "cross_entropy_fb" in only and "softmax_bwd" not in only
     shown = bench("limits", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     for words in ("read, 4 KiB pages", "copy, huge pages, streaming stores", "L3 read", "fp32, scalar"):

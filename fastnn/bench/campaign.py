@@ -85,6 +85,18 @@ class Plan:
         return found, refused
 
 
+def chosen_families(options: Options) -> tuple[str, ...]:
+    """The families that `options` name, or all.
+
+    Raises:
+        BadOptions: an unknown one.
+    """
+    for name in options.families:
+        if name not in families():
+            raise BadOptions(f"no family of rows {name!r}; there are {', '.join(families())}")
+    return options.families or families()
+
+
 def plan(options: Options) -> Plan:
     """What `options` ask for.
 
@@ -94,10 +106,7 @@ def plan(options: Options) -> Plan:
     """
     _check_device(options)
     _check_numbers(options)
-    for name in options.families:
-        if name not in families():
-            raise BadOptions(f"no family of rows {name!r}; there are {', '.join(families())}")
-    chosen = [case for name in options.families or families() for case in bench_cases(name, options.device)]
+    chosen = [case for name in chosen_families(options) for case in bench_cases(name, options.device)]
     cases = [case for case in chosen if case.sweep == options.sweep and options.only in case.id]
     if not cases:
         known = ", ".join(dict.fromkeys(case.row for case in chosen if case.sweep == options.sweep))

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..cli import MissingExtra
 from ..testing.bench_cases import bench_cases, families
-from .campaign import BadOptions, Options
+from .campaign import BadOptions, Options, chosen_families
 from .campaign import run as run_benchmark
 from .contenders import CONTENDERS
 from .documents import write
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.list:
-        return _list(arguments.device)
+        return _list(_options(arguments))
     if "limits" in arguments.what:
         if len(arguments.what) > 1:
             raise BadOptions("limits goes alone: measure the rows by another call")
@@ -186,9 +186,10 @@ def _from_file(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _list(device: str) -> int:
+def _list(options: Options) -> int:
+    named, device = chosen_families(options), options.device
     console = _console()
-    for family in families():
+    for family in named:
         public = [case for case in bench_cases(family, device) if not case.sweep]
         sweep = {case.shape for case in bench_cases(family, device) if case.sweep}
         console.print(f"[bold]{family}[/]: {len(public)} rows, {len(sweep)} shapes in the sweep")

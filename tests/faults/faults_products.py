@@ -22,8 +22,8 @@ KERNEL_FAULTS = [
     Fault(
         "softmax: the maximum is not subtracted",
         SOFTMAX,
-        "const Vec e = exp(load_some(x + i, count) - top);",
-        "const Vec e = exp(load_some(x + i, count));",
+        "{ return exp2<false>(fma(v, factor, -top)); }",
+        "{ return exp2<false>(v * factor); }",
         cell("softmax-fp32-{isa}-large_magnitude"),
     ),
     Fault(

@@ -20,8 +20,8 @@ SEQUENCE_FAULTS = [
     Fault(
         "attention: windows of tiles ignore where the queries stand",
         SCORES,
-        "const int64_t first = p.position + t.first;",
-        "const int64_t first = t.first;",
+        "const int64_t first = p.position + t.first + r - j0;",
+        "const int64_t first = t.first + r - j0;",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(

@@ -7,8 +7,9 @@
 //
 // Arithmetic is float32; half-precision K and V are widened once per call, Q, the output and the
 // gradients as they are read and written. Where there are dot products of bfloat16 pairs, forward
-// uses them: K is then read in place, V interleaved by pairs of keys once per call, and P rounded
-// to bfloat16 as torch rounds it; sums, maxima and P's own sum stay float32.
+// uses them: K is then read in place (odd D: from a copy with whole pairs), V interleaved by pairs
+// of keys once per call, and P rounded to bfloat16 as torch rounds it; sums, maxima and P's own sum
+// stay float32.
 #pragma once
 #include "cpu/kernels/attention_scores.h"
 
@@ -17,6 +18,19 @@ namespace {
 
 int64_t attention_fwd_scratch(const AttentionParams& p) {
   return kQueries * (p.D + p.D_v + kKeys) + 3 * kQueries + 4 * kStrip;
+}
+
+// Of x[0], x[kQueries], ... (count of them), per lane; NaN is left out. Four chains: one is bound
+// by its latency.
+FASTNN_INLINE Vec column_max(const float* x, int64_t count) {
+  const Vec lowest = splat(-__builtin_inff());
+  Vec m[4] = {lowest, lowest, lowest, lowest};
+  int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    FASTNN_UNROLL for (int i = 0; i < 4; ++i) m[i] = max(load(x + (j + i) * kQueries), m[i]);
+  }
+  for (; j < count; ++j) m[0] = max(load(x + j * kQueries), m[0]);
+  return max(max(m[0], m[1]), max(m[2], m[3]));
 }
 
 // The operands of forward's two products as `Dot` takes them: keys by features, values by keys.
@@ -34,9 +48,9 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
   float* const sum = running_max + kQueries;
   float* const factor = sum + kQueries;
   const int64_t width = t.strips * kStrip;
+  const ScoreScale scale = score_scale_base2<Dot>(p);
   const Strips q = queries_in_lanes<Dot>(head_data<T>(p.q, t.b, t.head) + t.first * p.q.row_stride,
-                                         p.q.row_stride, t, p.D, p.scale, scratch);
-  const ScoreScale scale = score_scale<Dot>(p);
+                                         p.q.row_stride, t, p.D, scale.queries, scratch);
   constexpr bool kPairs = Dot::kPerUnit == 2;
   const Vec inside = splat(scale.inside);  // positive
   const bool round_at_once = kPairs && !(p.dropout > 0.f);
@@ -50,45 +64,55 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
   }
   for (int64_t j0 = key_begin; j0 < t.key_end; j0 += kKeys) {
     const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
-    product<Dot>(keys, t.strips, units_of(p.D, Dot::kPerUnit), from_row(from.k, j0), q, s, kQueries,
-                 false);
+    const SeenKeys seen = seen_keys(p, t, j0, keys);
+    seen.each_keys([&](int64_t j, int64_t end, int64_t strip) {
+      product<Dot>(end - j, t.strips - strip, units_of(p.D, Dot::kPerUnit),
+                   from_row(from.k, j0 + j), from_strip(q, strip),
+                   s + j * kQueries + strip * kStrip, kQueries, false);
+    });
     scale_scores(scale.first, keys, width, s);
     finish_scores(p, t, j0, keys, s, nullptr);
     bool rescale = false;
-    for (int64_t r = 0; r < width; r += kLanes) {
-      const Vec before = load(running_max + r);
-      Vec m[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
-      for (int64_t j = 0; j < keys; ++j) m[j & 1] = max(load(s + j * kQueries + r), m[j & 1]);
-      const Vec after = max(max(m[0], m[1]) * inside, before);
-      // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out; every e^(-inf - 0) is 0.
-      const Vec top = select(after == splat(-__builtin_inff()), zero(), after);
-      const Vec correction = exp(before - top);
-      Vec total[2] = {load(sum + r) * correction, zero()};
-      auto weigh = [&](int64_t j, Vec& to) __attribute__((always_inline)) {
-        const Vec x = load(s + j * kQueries + r);
-        const Vec e = kPairs ? rough_exp(fma(x, inside, -top)) : exp(x - top);
-        to += e;
-        return e;
+    // Scores of base 2, or natural ones, which become that as differences.
+    auto weigh_all = [&](auto natural) __attribute__((always_inline)) {
+      const auto power = [](Vec x) __attribute__((always_inline)) {
+        return decltype(natural)::value ? x * kLog2E : x;
       };
-      int64_t j = 0;
-      if (round_at_once) {  // in place: rows 2 i and 2 i + 1 have been read when row i is written
-        for (; j + 1 < keys; j += 2) {
-          const Vec even = weigh(j, total[0]), odd = weigh(j + 1, total[1]);
-          store(s + j / 2 * kQueries + r, to_bf16_pairs(even, odd));
+      for (int64_t r = 0; r < width; r += kLanes) {
+        const int64_t count = seen.by(r);
+        const Vec before = load(running_max + r);
+        const Vec after = max(column_max(s + r, count) * inside, before);
+        // Nothing seen yet: 0 instead of -inf keeps -inf - -inf out; every e^(-inf - 0) is 0.
+        const Vec top = select(after == splat(-__builtin_inff()), zero(), after);
+        const Vec correction = exp2<false>(power(before - top));
+        Vec total[2] = {load(sum + r) * correction, zero()};
+        auto weigh = [&](int64_t j, Vec& to) __attribute__((always_inline)) {
+          const Vec x = load(s + j * kQueries + r);
+          const Vec e = exp2<kPairs>(power(fma(x, inside, -top)));
+          to += e;
+          return e;
+        };
+        int64_t j = 0;
+        if (round_at_once) {  // in place: rows 2 i and 2 i + 1 have been read when row i is written
+          for (; j + 1 < count; j += 2) {
+            const Vec even = weigh(j, total[0]), odd = weigh(j + 1, total[1]);
+            store(s + j / 2 * kQueries + r, to_bf16_pairs(even, odd));
+          }
+          if (j < count) store(s + j / 2 * kQueries + r, to_bf16_pairs(weigh(j, total[0]), zero()));
+        } else {
+          for (; j + 1 < count; j += 2) {
+            store(s + j * kQueries + r, weigh(j, total[0]));
+            store(s + (j + 1) * kQueries + r, weigh(j + 1, total[1]));
+          }
+          if (j < count) store(s + j * kQueries + r, weigh(j, total[0]));
         }
-        if (j < keys) store(s + j / 2 * kQueries + r, to_bf16_pairs(weigh(j, total[0]), zero()));
-      } else {
-        for (; j + 1 < keys; j += 2) {
-          store(s + j * kQueries + r, weigh(j, total[0]));
-          store(s + (j + 1) * kQueries + r, weigh(j + 1, total[1]));
-        }
-        if (j < keys) store(s + j * kQueries + r, weigh(j, total[0]));
+        store(sum + r, total[0] + total[1]);
+        store(running_max + r, after);
+        store(factor + r, correction);
+        rescale = rescale || (j0 > key_begin && any_differs(before, after));
       }
-      store(sum + r, total[0] + total[1]);
-      store(running_max + r, after);
-      store(factor + r, correction);
-      rescale = rescale || (j0 > key_begin && any_differs(before, after));
-    }
+    };
+    scale.between ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
     if (rescale) {
       for (int64_t d = 0; d < p.D_v; ++d) {
         for (int64_t r = 0; r < width; r += kLanes)
@@ -96,20 +120,22 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
       }
     }
     if (p.dropout > 0.f) {
-      each_keep(p, t, j0, keys, [&](int64_t j, int64_t r, Vec keep) __attribute__((always_inline)) {
+      each_keep(p, t, j0, seen, [&](int64_t j, int64_t r, Vec keep) __attribute__((always_inline)) {
         store(s + j * kQueries + r, load(s + j * kQueries + r) * keep);
       });
-      if constexpr (kPairs) round_to_pairs(s, keys, width, s);
+      if constexpr (kPairs) round_to_pairs(s, seen, s);
     }
-    product<Dot>(p.D_v, t.strips, units_of(keys, Dot::kPerUnit),
-                 from_unit(from.v, j0 / Dot::kPerUnit), {s, kStrip, kQueries}, o, kQueries,
-                 j0 > key_begin);
+    seen.each_strips([&](int64_t begin, int64_t end, int64_t count) {
+      product<Dot>(p.D_v, end - begin, units_of(count, Dot::kPerUnit),
+                   from_unit(from.v, j0 / Dot::kPerUnit), from_strip({s, kStrip, kQueries}, begin),
+                   o + begin * kStrip, kQueries, j0 > key_begin);
+    });
   }
   for (int64_t r = 0; r < width; r += kLanes) {
     const Vec total = load(sum + r);
     const Vec none = total;
     store(factor + r, select(none == zero(), zero(), 1.f / total));
-    const Vec lse = load(running_max + r) + log(total);
+    const Vec lse = fma(load(running_max + r), splat(scale.between ? 1.f : kLn2), log(total));
     store(sum + r, select(none == zero(), splat(__builtin_inff()), lse));
   }
   unpack_queries(o, t.rows, p.D_v, factor,
@@ -145,9 +171,13 @@ void attention_fwd(const AttentionFwdParams& f, const float* k, const float* v, 
       if constexpr (Dot::kPerUnit == 2) {
         if (multiplies_pairs(p, true)) {
           const int64_t stride = prepared_stride(p.D_v);
-          const float* const values = v + (t.b * p.H_kv + t.kv_head) * units_of(p.S_k, 2) * stride;
-          attention_tile<Dot, T>(
-              f, t, {head_panel<T>(p.k, t.b, t.kv_head), word_panel(values, 1, stride)}, scratch);
+          const int64_t of = t.b * p.H_kv + t.kv_head;
+          const float* const values = v + of * units_of(p.S_k, 2) * stride;
+          const float* const completed = k + of * whole_pairs_floats(p.S_k, p.D);
+          attention_tile<Dot, T>(f, t,
+                                 {feature_pairs<T>(p.k, p.D, t.b, t.kv_head, completed),
+                                  word_panel(values, 1, stride)},
+                                 scratch);
           continue;
         }
       }

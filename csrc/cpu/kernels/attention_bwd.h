@@ -106,7 +106,9 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   const T* const q = head_data<T>(p.q, t.b, t.head) + t.first * p.q.row_stride;
   const T* const out = head_data<T>(b.out, t.b, t.head) + t.first * b.out.row_stride;
   const T* const d_out = head_data<T>(b.d_out, t.b, t.head) + t.first * b.d_out.row_stride;
-  const Strips q_lanes = queries_in_lanes<Dot>(q, p.q.row_stride, t, p.D, p.scale, m.q_lanes);
+  // Weights are e^(score - logsumexp), not of base 2: a logsumexp times log2(e) is rounded again.
+  const ScoreScale scale = score_scale<Dot>(p);
+  const Strips q_lanes = queries_in_lanes<Dot>(q, p.q.row_stride, t, p.D, scale.queries, m.q_lanes);
   const Strips do_lanes =
       queries_in_lanes<Dot>(d_out, b.d_out.row_stride, t, p.D_v, 1.f, m.do_lanes);
   copy_rows<Dot>(q, p.q.row_stride, t.rows, p.D, m.q_rows);
@@ -124,26 +126,32 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   }
   for (int64_t i = 0; i < p.D * kQueries; i += kLanes) store(m.dq + i, zero());
   const bool few = is_decoding(p);
-  const ScoreScale scale = score_scale<Dot>(p);
   for (int64_t j0 = first_key<Dot>(t); j0 < t.key_end; j0 += kKeys) {
     const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
-    if (few) {
-      few_scores<T>(p, t, j0, keys, m, m.p);
-    } else {
-      product<Dot>(keys, t.strips, units_of(p.D, Dot::kPerUnit), from_row(from.k, j0), q_lanes, m.p,
-                   kQueries, false);
-      scale_scores(scale.first, keys, width, m.p);
-    }
-    product<Dot>(keys, t.strips, units_of(p.D_v, Dot::kPerUnit), from_row(from.v, j0), do_lanes,
-                 m.ds, kQueries, false);
+    const SeenKeys seen = seen_keys(p, t, j0, keys);
+    if (few) few_scores<T>(p, t, j0, keys, m, m.p);
+    seen.each_keys([&](int64_t j, int64_t end, int64_t strip) {
+      auto by_features = [&](int64_t d, const RowPanel& rows, const Strips& lanes, float* to) {
+        product<Dot>(end - j, t.strips - strip, units_of(d, Dot::kPerUnit), from_row(rows, j0 + j),
+                     from_strip(lanes, strip), to + j * kQueries + strip * kStrip, kQueries, false);
+      };
+      if (!few) by_features(p.D, from.k, q_lanes, m.p);
+      by_features(p.D_v, from.v, do_lanes, m.ds);
+    });
+    if (!few) scale_scores(scale.first, keys, width, m.p);
     finish_scores(p, t, j0, keys, m.p, m.slope);
-    for (int64_t j = 0; j < keys; ++j) {
-      for (int64_t r = 0; r < width; r += kLanes) {
-        const Vec score = load(m.p + j * kQueries + r), lse = load(m.lse + r);
-        store(m.p + j * kQueries + r,
-              kPairs ? rough_exp(fma(score, splat(scale.inside), -lse)) : exp(score - lse));
-      }
-    }
+    auto each_seen = [&](auto body) __attribute__((always_inline)) {
+      seen.each_keys([&](int64_t begin, int64_t end, int64_t strip) __attribute__((always_inline)) {
+        for (int64_t j = begin; j < end; ++j) {
+          for (int64_t r = strip * kStrip; r < width; r += kLanes) body(j, r);
+        }
+      });
+    };
+    each_seen([&](int64_t j, int64_t r) __attribute__((always_inline)) {
+      const Vec score = load(m.p + j * kQueries + r), lse = load(m.lse + r);
+      store(m.p + j * kQueries + r,
+            kPairs ? rough_exp(fma(score, splat(scale.inside), -lse)) : exp(score - lse));
+    });
     auto to_gradient = [&](int64_t j, int64_t r, Vec dp) __attribute__((always_inline)) {
       const Vec weight = load(m.p + j * kQueries + r);
       Vec ds = weight * (dp - load(m.delta + r));
@@ -152,31 +160,39 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
       store(m.ds + j * kQueries + r, select(weight == zero(), zero(), ds));
     };
     if (p.dropout > 0.f) {
-      each_keep(p, t, j0, keys, [&](int64_t j, int64_t r, Vec keep) __attribute__((always_inline)) {
+      each_keep(p, t, j0, seen, [&](int64_t j, int64_t r, Vec keep) __attribute__((always_inline)) {
         to_gradient(j, r, load(m.ds + j * kQueries + r) * keep);
         store(m.p + j * kQueries + r, load(m.p + j * kQueries + r) * keep);
       });
     } else {
-      for (int64_t j = 0; j < keys; ++j) {
-        for (int64_t r = 0; r < width; r += kLanes)
-          to_gradient(j, r, load(m.ds + j * kQueries + r));
-      }
+      each_seen([&](int64_t j, int64_t r) __attribute__((always_inline)) {
+        to_gradient(j, r, load(m.ds + j * kQueries + r));
+      });
     }
     float* ds_by_keys = m.ds;
     if constexpr (kPairs) {
       ds_by_keys = m.slope;  // the cap's slope has been used
-      round_to_pairs(m.ds, keys, width, ds_by_keys);
+      round_to_pairs(m.ds, seen, ds_by_keys);
       round_rows(m.ds, keys, width);
       round_rows(m.p, keys, width);
     }
     const int64_t depth = units_of(t.rows, Dot::kPerUnit);
-    product<Dot>(keys, dv_pad / kStrip, depth, word_panel(m.p, kQueries, 1),
-                 {m.do_rows, kStrip, dv_pad}, m.dv + j0 * dv_pad, dv_pad, true);
-    product<Dot>(keys, d_pad / kStrip, depth, word_panel(m.ds, kQueries, 1),
-                 {m.q_rows, kStrip, d_pad}, m.dk + j0 * d_pad, d_pad, true);
-    product<Dot>(p.D, t.strips, units_of(keys, Dot::kPerUnit),
-                 from_unit(from.k_columns, j0 / Dot::kPerUnit), {ds_by_keys, kStrip, kQueries},
-                 m.dq, kQueries, true);
+    seen.each_keys([&](int64_t j, int64_t end, int64_t strip) {
+      const int64_t first = strip * kStrip / Dot::kPerUnit;
+      auto by_queries = [&](const float* weights, const float* rows, int64_t d, float* to) {
+        product<Dot>(end - j, d / kStrip, depth - first,
+                     word_panel(weights + j * kQueries + first, kQueries, 1),
+                     {rows + first * d, kStrip, d}, to + (j0 + j) * d, d, true);
+      };
+      by_queries(m.p, m.do_rows, dv_pad, m.dv);
+      by_queries(m.ds, m.q_rows, d_pad, m.dk);
+    });
+    seen.each_strips([&](int64_t begin, int64_t end, int64_t count) {
+      product<Dot>(p.D, end - begin, units_of(count, Dot::kPerUnit),
+                   from_unit(from.k_columns, j0 / Dot::kPerUnit),
+                   from_strip({ds_by_keys, kStrip, kQueries}, begin), m.dq + begin * kStrip,
+                   kQueries, true);
+    });
   }
   unpack_queries(m.dq, t.rows, p.D, m.ones,
                  static_cast<T*>(b.dq) + t.b * b.dq_strides.batch + t.head * b.dq_strides.head +
@@ -233,10 +249,11 @@ void attention_bwd(const AttentionBwdParams& b, const float* k, const float* v, 
         const int64_t stride = prepared_stride(p.D);
         return attention_bwd_items<DotBf16, T>(
             b, begin, end, scratch, [&](int64_t item, int64_t batch, int64_t head) {
-              const float* const pairs = k + item * units_of(p.S_k, 2) * stride;
-              return BackwardOperands{head_panel<T>(p.k, batch, head),
-                                      head_panel<T>(p.v, batch, head),
-                                      word_panel(pairs, 1, stride)};
+              const float* const keys = k + item * attention_key_floats(p, false);
+              const float* const values = v + item * attention_value_floats(p, false);
+              return BackwardOperands{feature_pairs<T>(p.k, p.D, batch, head, keys),
+                                      feature_pairs<T>(p.v, p.D_v, batch, head, values),
+                                      word_panel(keys + whole_pairs_floats(p.S_k, p.D), 1, stride)};
             });
       }
     }

@@ -8,20 +8,30 @@
 namespace fastnn {
 namespace {
 
-// e^x of what is rounded to bfloat16, x up to 88: within 3e-6, and what x * log2(e) loses.
-FASTNN_INLINE Vec rough_exp(Vec x) { return exp2<true>(x * 1.44269504f); }
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// How the scale meets the scores. float32 queries are scaled as they are packed. Pairs stay exact:
-// their scores are scaled inside the exponential where nothing comes in between (-inf stays -inf),
-// else before it.
+// e^x of what is rounded to bfloat16, x up to 88: within 3e-6, and what x * log2(e) loses.
+FASTNN_INLINE Vec rough_exp(Vec x) { return exp2<true>(x * kLog2E); }
+
+// Where the scale meets the scores: in the queries as they are packed, before what comes in between
+// (cap, mask), or inside the exponential. Pairs stay exact, and -inf stays -inf.
 struct ScoreScale {
-  float first, inside;
+  float queries, first, inside;
+  bool between;
 };
 template <class Dot>
 FASTNN_INLINE ScoreScale score_scale(const AttentionParams& p) {
-  if (Dot::kPerUnit == 1) return {1.f, 1.f};
   const bool between = p.softcap != 0.f || p.mask_kind != MaskKind::kNone || !(p.scale > 0.f);
-  return between ? ScoreScale{p.scale, 1.f} : ScoreScale{1.f, p.scale};
+  if (Dot::kPerUnit == 1) return {p.scale, 1.f, 1.f, between};
+  return between ? ScoreScale{1.f, p.scale, 1.f, true} : ScoreScale{1.f, 1.f, p.scale, false};
+}
+// The same for weights of base 2, where nothing comes in between: the scale takes log2(e) along.
+// Masked scores may be as low as numbers go, and times log2(e) be -inf.
+template <class Dot>
+FASTNN_INLINE ScoreScale score_scale_base2(const AttentionParams& p) {
+  ScoreScale scale = score_scale<Dot>(p);
+  if (!scale.between) (Dot::kPerUnit == 1 ? scale.queries : scale.inside) *= kLog2E;
+  return scale;
 }
 inline void scale_scores(float factor, int64_t keys, int64_t width, float* s) {
   if (factor == 1.f) return;
@@ -65,6 +75,15 @@ inline void add_mask(const AttentionParams& p, const QueryTile& t, int64_t j0, i
   }
 }
 
+inline IVec lane_numbers() {
+  IVec n;
+  for (int i = 0; i < kLanes; ++i) n[i] = i;
+  return n;
+}
+inline int32_t lane_bound(int64_t lane) {
+  return lane < 0 ? 0 : lane > kLanes ? kLanes : (int32_t)lane;
+}
+
 // Scores s [key][kQueries] of keys [j0, j0 + keys) become capped, masked scores; slope (same
 // layout) receives the cap's derivative where one is wanted.
 inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys,
@@ -81,18 +100,22 @@ inline void finish_scores(const AttentionParams& p, const QueryTile& t, int64_t 
   }
   with_mask(p.mask_kind, p.mask_dtype, p.mask,
             [&](const auto* mask) { add_mask(p, t, j0, keys, mask, s); });
-  const int64_t first = p.position + t.first;
-  const bool left = p.window_left >= 0 && first + t.rows - 1 - p.window_left > j0;
-  const bool right = p.window_right >= 0 && first + p.window_right < j0 + keys - 1;
-  if (!left && !right) return;
-  for (int64_t j = 0; j < keys; ++j) {
-    const int64_t key = j0 + j - first;  // relative to where the tile's first query stands
-    // Visible to queries r with r - window_left <= key <= r + window_right.
-    const int64_t from = right ? key - p.window_right : 0,
-                  to = left ? key + p.window_left : kQueries;
-    for (int64_t r = 0; r < width; ++r) {
-      if (r < from || r > to) s[j * kQueries + r] = -__builtin_inff();
-    }
+  for (int64_t r = 0; r < width; r += kLanes) {
+    const int64_t first = p.position + t.first + r - j0;  // where these queries stand in the block
+    // Lane i sees keys first + i - left .. first + i + right: all lanes those in [from, to).
+    const int64_t from = p.window_left < 0 ? 0 : first + kLanes - 1 - p.window_left;
+    const int64_t to = p.window_right < 0 ? keys : first + p.window_right + 1;
+    auto hide = [&](int64_t j) __attribute__((always_inline)) {
+      const int64_t after = p.window_left < 0 ? kLanes : j - first + p.window_left + 1;
+      const int64_t before = p.window_right < 0 ? 0 : j - first - p.window_right;
+      const IVec hidden = (lane_numbers() < splat_int(lane_bound(before))) |
+                          (lane_numbers() >= splat_int(lane_bound(after)));
+      float* const at = s + j * kQueries + r;
+      store(at, select(hidden, splat(-__builtin_inff()), load(at)));
+    };
+    int64_t j = 0;
+    for (; j < from && j < keys; ++j) hide(j);
+    for (j = to > j ? to : j; j < keys; ++j) hide(j);
   }
 }
 
@@ -120,8 +143,8 @@ inline void drop_query(const AttentionParams& p, int64_t b, int64_t head, int64_
 // The same factors for a tile, kLanes queries at once: body(j, r, factors of queries r, r + 1, ...)
 // for keys j0 + j.
 template <class Body>
-FASTNN_INLINE void each_keep(const AttentionParams& p, const QueryTile& t, int64_t j0, int64_t keys,
-                             Body body) {
+FASTNN_INLINE void each_keep(const AttentionParams& p, const QueryTile& t, int64_t j0,
+                             const SeenKeys& seen, Body body) {
   const Vec keep_scale = splat(1.f / (1.f - p.dropout));
   const UVec threshold = (UVec)splat_int((int32_t)(uint32_t)drop_threshold(p.dropout));
   for (int64_t r = 0; r < t.strips * kStrip; r += kLanes) {
@@ -131,6 +154,7 @@ FASTNN_INLINE void each_keep(const AttentionParams& p, const QueryTile& t, int64
       low[i] = (uint32_t)counter;
       high[i] = (uint32_t)(counter >> 32);
     }
+    const int64_t keys = seen.by(r);
     for (int64_t j = -(j0 % 4); j < keys; j += 4) {
       const PhiloxWords<UVec> random = philox<UVec>(p.seed, low, high);
       FASTNN_UNROLL for (int i = 0; i < 4; ++i) {

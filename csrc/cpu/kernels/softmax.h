@@ -36,16 +36,30 @@ FASTNN_INLINE float row_max(const T* x, int64_t n) {
 
 // Sum of e^(x - m) over a row; with kKeep the exponentials go to `kept`. A NaN anywhere, an
 // infinite maximum or a row of -inf make the sum NaN, and with it the whole row, as torch has it.
+//
+// What is kept will be divided by the sum, so that the rounding of m log2(e), which all share, does
+// not matter: fused, 2^(x log2(e) - m log2(e)) takes 5 of 16 instructions less. Not for m so large
+// that the rounding comes near 1.
 template <bool kKeep, class T>
 FASTNN_INLINE float row_exp_sum(const T* x, float m, float* kept, int64_t n) {
-  const Vec top = splat(m);
-  return row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
-    const Vec e = exp(load_some(x + i, count) - top);
-    if constexpr (kKeep) {
-      store_some(kept + i, e, count);
+  auto sum = [=](auto power) __attribute__((always_inline)) {
+    return row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
+      const Vec e = power(load_some(x + i, count));
+      if constexpr (kKeep) {
+        store_some(kept + i, e, count);
+      }
+      return e;
+    });
+  };
+  if constexpr (kKeep && kFusedMultiplyAdd) {
+    if (__builtin_fabsf(m) < 0x1p20f) {
+      const Vec factor = splat(1.44269504f), top = splat(m) * factor;
+      return sum([=](Vec v)
+                     __attribute__((always_inline)) { return exp2<false>(fma(v, factor, -top)); });
     }
-    return e;
-  });
+  }
+  const Vec top = splat(m);
+  return sum([=](Vec v) __attribute__((always_inline)) { return exp(v - top); });
 }
 
 // Exponentials that were kept, divided by their sum.

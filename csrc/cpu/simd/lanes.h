@@ -22,6 +22,14 @@ FASTNN_INLINE Vec load_first_halves(const void* p, int n) {
   return v;
 #endif
 }
+// The first n <= 2 kLanes elements of 16 bits to memory.
+FASTNN_INLINE void store_first_halves(void* p, Vec v, int n) {
+#if defined(__AVX512BW__)
+  _mm512_mask_storeu_epi16(p, n >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << n) - 1, (__m512i)v);
+#else
+  std::memcpy(p, &v, (size_t)n * 2);
+#endif
+}
 // The first `count` lanes to memory.
 template <class T>
 FASTNN_INLINE void store_some(T* p, Vec v, int count) {

@@ -32,7 +32,9 @@ FASTNN_INLINE Vec exp(Vec x) {
 // 2.8e-6, enough for what is rounded to 16 bits.
 template <bool kRough>
 FASTNN_INLINE Vec exp2(Vec x) {
-  x = max(splat(-160.f), x);  // NaN passes
+#if !defined(__AVX512F__)
+  x = max(splat(-160.f), x);  // what scale_by_power takes; NaN passes
+#endif
   const Vec n = round_even(x), r = x - n;
   Vec q;
   if constexpr (kRough) {

@@ -84,8 +84,12 @@ FASTNN_INLINE Vec as_float(IVec x) { return (Vec)x; }
 FASTNN_INLINE Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 
 // a * b + c, fused where the instruction set has it. Explicit, because contraction by the compiler
-// is off
-// (-ffp-contract=off): what is fused must not depend on the optimiser.
+// is off (-ffp-contract=off): what is fused must not depend on the optimiser.
+#if defined(__AVX2__) || defined(__aarch64__)
+constexpr bool kFusedMultiplyAdd = true;
+#else
+constexpr bool kFusedMultiplyAdd = false;
+#endif
 FASTNN_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
