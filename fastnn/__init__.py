@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         quantize_,
         save,
     )
+    from .sparse import GradualSparsifier, Sparsify, sparsify_, strip_
     from .to_onnx import export
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ __all__ = [
     "Distiller",
     "Explanation",
     "Gptq",
+    "GradualSparsifier",
     "Int4Int8Dynamic",
     "Int4WeightOnly",
     "Int8Dynamic",
@@ -81,6 +83,7 @@ __all__ = [
     "Report",
     "Shrink",
     "SmoothQuant",
+    "Sparsify",
     "__version__",
     "accelerate",
     "add_layer_norm",
@@ -128,6 +131,8 @@ __all__ = [
     "silu",
     "softmax",
     "sparse",
+    "sparsify_",
+    "strip_",
     "swiglu",
     "swiglu_mlp",
     "tanh",
@@ -152,6 +157,7 @@ _LATER = {
         "quantize_",
         "save",
     ),
+    "sparse": ("GradualSparsifier", "Sparsify", "sparsify_", "strip_"),
     "to_onnx": ("export",),
 }
 """Module -> the public names that come from it, loaded where they are first asked for: `import fastnn` stays quick."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.block_sparse import DEPTHS, OUTPUTS, block_sparse_linear, dense_of_blocks, strips_of, values_empty
+from ..ops.block_sparse import (
+    DEPTHS,
+    OUTPUTS,
+    block_sparse_linear,
+    check_blocks,
+    dense_of_blocks,
+    strips_of,
+    values_empty,
+)
 from ..ops.linear import ACTIVATIONS, Activation
 
 
@@ -90,10 +99,35 @@ class BlockSparseLinear(torch.nn.Module):
 
         found = to_blocks(weight, mask, depth=depth)
         n, k = weight.shape
-        layer = cls(k, n, False, "meta", weight.dtype, blocks=len(found.columns), depth=depth, activation=activation)
-        layer.values = torch.nn.Parameter(found.values)
-        layer.columns, layer.starts, layer.bias = found.columns, found.starts, bias
+        layer = cls._of(found.values, found.columns, found.starts, k, n, activation)
+        layer.bias = bias
         return layer
+
+    @classmethod
+    def _of(
+        cls, values: Tensor, columns: Tensor, starts: Tensor, k: int, n: int, activation: Activation | None
+    ) -> BlockSparseLinear:
+        """The layer with these tensors, without bias."""
+        # Of no blocks at first, and not on the meta device, whose arange imports torch's compiler: seconds.
+        layer = cls(k, n, False, "cpu", values.dtype, blocks=0, depth=values.shape[1], activation=activation)
+        layer.values, layer.columns, layer.starts = torch.nn.Parameter(values), columns, starts
+        return layer
+
+    def options(self) -> dict[str, Any]:
+        """What a file keeps beside the parameters and buffers."""
+        return {"out_features": self.out_features, "activation": self.activation}
+
+    @classmethod
+    def stored(cls, options: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BlockSparseLinear:
+        """The layer that `options` and the tensors of a file describe, with these tensors, without bias.
+
+        Raises:
+            ValueError, TypeError, KeyError: they describe none.
+        """
+        values, columns, starts = (tensors[name] for name in ("values", "columns", "starts"))
+        k, n = options["in_features"], options["out_features"]
+        check_blocks("fastnn.load", values, columns, starts, n, k)
+        return cls._of(values, columns, starts, k, n, options["activation"])
 
     @property
     def blocks(self) -> int:

@@ -13,6 +13,8 @@ from torch.nn import Module
 
 from .. import nn
 from ..accelerate.isolate import check_model
+from ..ops.block_sparse import values_empty
+from ..sparse.convert import become as become_sparse
 from .container import FormatError, read, write
 from .encoder import mind_fast_path
 from .linear import float_weight, is_conv1d
@@ -23,7 +25,7 @@ FORMAT = 2
 
 
 def save(model: Module, path: str | os.PathLike[str]) -> None:
-    """Writes the model's `state_dict` and which of its layers are quantised to one safetensors file.
+    """Writes the model's `state_dict` and which of its layers are quantised or block-sparse to one safetensors file.
 
     Plain tensors with a checksum each, shared ones once; the file is replaced as a whole, after it is on the disk.
 
@@ -51,7 +53,7 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     layers = {
         name: {"kind": type(m).__name__, "in_features": m.in_features, **m.options()}
         for name, m in model.named_modules()
-        if isinstance(m, nn.QuantizedModule)
+        if isinstance(m, nn.QuantizedModule | nn.BlockSparseLinear)
     }
     write(Path(path), stored, {"version": FORMAT, "shared": shared, "layers": layers})
 
@@ -61,8 +63,8 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
 
     Args:
         path: the file.
-        model: gets the values, with `strict=True`, in place: layers that were quantised when it was saved are
-            quantised in it, too. Nothing is changed before the whole file has been checked.
+        model: gets the values, with `strict=True`, in place: layers that were quantised or block-sparse when it was
+            saved are so in it, too. Nothing is changed before the whole file has been checked.
 
     Returns:
         `model`; without one, the `state_dict`.
@@ -89,38 +91,60 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
     codes: dict[str, Tensor] = {}
     for name, (module, made) in chosen.items():
         weight: Any = module.weight
-        for buffer in [key for key, held in made._buffers.items() if held is not None]:
-            key = f"{name}.{buffer}" if name else buffer
-            like = torch.empty_like(state[key], device=weight.device)
-            made._buffers[buffer] = codes.setdefault(shared.get(key, key), like)
-        become(module, made)
+        for own in _held(made):
+            key = f"{name}.{own}" if name else own
+            source = shared.get(key, key)
+            if source not in codes:
+                codes[source] = _memory(own, state[key], weight)
+            setattr(made, own, codes[source])
+        if isinstance(made, nn.BlockSparseLinear):
+            become_sparse(module, made)
+        else:
+            become(module, made)
     mind_fast_path(model)
     model.load_state_dict(state, strict=True)
     return model
 
 
+Made = nn.QuantizedModule | nn.BlockSparseLinear
+
+
+def _held(made: Made) -> list[str]:
+    """What a file has of it, apart from the bias."""
+    return [name for name in _TENSORS if getattr(made, name, None) is not None]
+
+
+def _memory(own: str, stored: Tensor, weight: Tensor) -> Tensor:
+    """For one of a layer's tensors, on the device of the weight that it had."""
+    if own != "values":
+        return torch.empty_like(stored, device=weight.device)
+    blocks, depth, outputs = stored.shape
+    return torch.nn.Parameter(values_empty((blocks, depth, outputs), weight.dtype, weight.device), weight.requires_grad)
+
+
 def _fitting(
     path: Path, model: Module, state: Mapping[str, Tensor], layers: Mapping[str, Any]
-) -> dict[str, tuple[Module, nn.QuantizedModule]]:
-    """Path -> (layer, the one on codes that it is to become, without its memory yet), of layers that are floating yet.
+) -> dict[str, tuple[Module, Made]]:
+    """Path -> (layer, the one that it is to become, without its memory yet), of layers that are dense and floating yet.
 
     Raises RuntimeError where the file's tensors do not fit, before anything is changed.
     """
     modules = dict(model.named_modules())
-    found: dict[str, tuple[Module, nn.QuantizedModule]] = {}
+    found: dict[str, tuple[Module, Made]] = {}
     wanted = {name: t.shape for name, t in model.state_dict().items()}
     problems = []
     for name, options in layers.items():
         module, prefix = modules.get(name), f"{name}." if name else ""
         made = _empty_layer(path, options, state, prefix)
-        if isinstance(module, nn.QuantizedModule) and _same_kind(module, made):
+        if _same_kind(module, made):
             continue
         embeds = isinstance(made, nn.GroupwiseEmbedding)
         dense = isinstance(module, torch.nn.Linear) or (module is not None and is_conv1d(module))
         fits = isinstance(module, torch.nn.Embedding) if embeds else dense
         if module is None or not fits or "weight" not in module._parameters:
             kind = "embedding" if embeds else "dense layer"
-            problems.append(f"{name or 'the model'} is no {kind}, but the file has codes for it")
+            what = "blocks" if isinstance(made, nn.BlockSparseLinear) else "codes"
+            problems.append(f"{name or 'the model'} is no {kind}, but the file has {what} for it")
             continue
         if isinstance(made, nn.GroupwiseEmbedding):
             made.dtype = float_weight(module).dtype
@@ -130,7 +154,8 @@ def _fitting(
         if float_weight(module).shape != (made.out_features, made.in_features):
             there, here = (made.out_features, made.in_features), tuple(float_weight(module).shape)
             problems.append(f"{prefix}weight is {there} in the file, {here} in the model")
-        wanted.update({f"{prefix}{key}": held.shape for key, held in made._buffers.items() if held is not None})
+        wanted.pop(f"{prefix}weight", None)
+        wanted.update({f"{prefix}{key}": getattr(made, key).shape for key in _held(made)})
     problems += [f"the file lacks {name}" for name in wanted.keys() - state.keys()]
     problems += [f"the model lacks {name}" for name in state.keys() - wanted.keys()]
     problems += [
@@ -144,26 +169,35 @@ def _fitting(
     return found
 
 
-_KINDS: dict[str, type[nn.QuantizedModule]] = {
+_KINDS: dict[str, type[Made]] = {
     kind.__name__: kind
-    for kind in (nn.Int4Embedding, nn.Int4Linear, nn.Int8Embedding, nn.Int8Linear, nn.Int8WeightOnlyLinear)
+    for kind in (
+        nn.BlockSparseLinear,
+        nn.Int4Embedding,
+        nn.Int4Linear,
+        nn.Int8Embedding,
+        nn.Int8Linear,
+        nn.Int8WeightOnlyLinear,
+    )
 }
 
 
-def _same_kind(module: nn.QuantizedModule, made: nn.QuantizedModule) -> bool:
-    sizes = (module.in_features, module.options()), (made.in_features, made.options())
-    return type(module) is type(made) and sizes[0] == sizes[1]
+def _same_kind(module: Module | None, made: Made) -> bool:
+    if type(module) is not type(made) or not isinstance(module, nn.QuantizedModule | nn.BlockSparseLinear):
+        return False
+    return module.in_features == made.in_features and module.options() == made.options()
 
 
-def _empty_layer(path: Path, options: Any, state: Mapping[str, Tensor], prefix: str) -> nn.QuantizedModule:
-    """A layer for these codes on the meta device: what the file says of sizes costs no memory."""
-    held = {name: state[f"{prefix}{name}"] for name in _BUFFERS if f"{prefix}{name}" in state}
+def _empty_layer(path: Path, options: Any, state: Mapping[str, Tensor], prefix: str) -> Made:
+    """A layer for these tensors, without memory of its own: what the file says of sizes costs none."""
+    held = {name: state[f"{prefix}{name}"] for name in _TENSORS if f"{prefix}{name}" in state}
     try:
         return _KINDS[options.get("kind", "Int8Linear")].stored(options, held)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FormatError(
-            f"{path}: its quantised layers lack codes or scales, or are of a kind unknown ({error})"
+            f"{path}: its quantised layers, or those on blocks, lack tensors or are of a kind unknown ({error})"
         ) from None
 
 
-_BUFFERS = ("weight", "weight_scale", "weight_offset")
+_TENSORS = ("weight", "weight_scale", "weight_offset", "values", "columns", "starts")
+"""Of layers on codes, and of those on blocks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import Module
 from ..accelerate.isolate import call, isolated
 
 _SECONDS = 0.02
-"""Of running each of the two, in turns."""
+"""Of running each of them, in turns."""
 _LEAST_RUNS = 5
 
 
@@ -47,17 +47,20 @@ def first_inputs(model: Module, layers: Iterable[Module], example_inputs: Any) -
 
 def compare(before: Module, after: Module, input: Tensor) -> Times:
     """Both on `input`, in turns, without gradients and past their hooks."""
-    runs: list[list[float]] = [[], []]
+    return Times(*medians((before.forward, after.forward), input))
+
+
+def medians(calls: Sequence[Callable[[Tensor], object]], input: Tensor) -> tuple[float, ...]:
+    """Median milliseconds of each on `input`, in turns, without gradients."""
+    runs: list[list[float]] = [[] for _ in calls]
     with torch.no_grad():
-        calls: tuple[Callable[[], object], ...] = (lambda: before.forward(input), lambda: after.forward(input))
         for one in calls:  # weights are packed, memory is there
-            one()
-            one()
-        stop = time.perf_counter() + 2 * _SECONDS
+            one(input)
+            one(input)
+        stop = time.perf_counter() + len(calls) * _SECONDS
         while len(runs[0]) < _LEAST_RUNS or time.perf_counter() < stop:
             for one, times in zip(calls, runs, strict=True):
                 start = time.perf_counter()
-                one()
+                one(input)
                 times.append(time.perf_counter() - start)
-    first, second = (statistics.median(times) * 1e3 for times in runs)
-    return Times(first, second)
+    return tuple(statistics.median(times) * 1e3 for times in runs)

@@ -20,6 +20,7 @@ from faults_prune import PRUNE_FAULTS
 from faults_rows import ACTIVATION_FAULTS, DROPOUT_FAULTS, MASKED_FAULTS, NORM_FAULTS, ROPE_FAULTS
 from faults_sequences import SEQUENCE_FAULTS
 from faults_sparse import SPARSE_FAULTS
+from faults_sparsify import SPARSIFY_FAULTS
 
 FAULTS = [
     *KERNEL_FAULTS,
@@ -42,4 +43,5 @@ FAULTS = [
     *ONNX_FAULTS,
     *PRUNE_FAULTS,
     *SPARSE_FAULTS,
+    *SPARSIFY_FAULTS,
 ]

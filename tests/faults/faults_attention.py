@@ -142,8 +142,8 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: the sum of dO times O is left out of the gradient",
         ATTENTION_BWD,
-        "(dp - load(m.delta + r));",
-        "dp;",
+        "keep - load(m.delta + r));",
+        "keep);",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(
@@ -248,10 +248,10 @@ ATTENTION_FAULTS = [
         isa="avx512_bf16",
     ),
     Fault(
-        "attention: the gradient of the queries takes pairs of queries for pairs of keys",
+        "attention: the gradient of the queries takes the keys of a pair for each other",
         ATTENTION_BWD,
-        "      round_to_pairs(m.ds, seen, ds_by_keys);\n      round_rows(m.ds, keys, width);\n",
-        "      round_rows(m.ds, keys, width);\n      round_to_pairs(m.ds, seen, ds_by_keys);\n",
+        "to_bf16_pairs(even.gradient, odd.gradient)",
+        "to_bf16_pairs(odd.gradient, even.gradient)",
         cell("attention-bf16-avx512_bf16-contiguous"),
         isa="avx512_bf16",
     ),

@@ -140,41 +140,61 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
     });
     if (!few) scale_scores(scale.first, keys, width, m.p);
     finish_scores(p, t, j0, keys, m.p, m.slope);
-    auto each_seen = [&](auto body) __attribute__((always_inline)) {
-      seen.each_keys([&](int64_t begin, int64_t end, int64_t strip) __attribute__((always_inline)) {
-        for (int64_t j = begin; j < end; ++j) {
-          for (int64_t r = strip * kStrip; r < width; r += kLanes) body(j, r);
-        }
-      });
+    // A weight and the gradient of its score; keep: dropout's factor.
+    struct Weighed {
+      Vec weight, gradient;
     };
-    each_seen([&](int64_t j, int64_t r) __attribute__((always_inline)) {
-      const Vec score = load(m.p + j * kQueries + r), lse = load(m.lse + r);
-      store(m.p + j * kQueries + r,
-            kPairs ? rough_exp(fma(score, splat(scale.inside), -lse)) : exp(score - lse));
-    });
-    auto to_gradient = [&](int64_t j, int64_t r, Vec dp) __attribute__((always_inline)) {
-      const Vec weight = load(m.p + j * kQueries + r);
-      Vec ds = weight * (dp - load(m.delta + r));
+    auto weigh = [&](int64_t j, int64_t r, auto keep) __attribute__((always_inline)) {
+      const float* const at = m.p + j * kQueries + r;
+      const Vec exponent = fma(load(at), splat(scale.inside), -load(m.lse + r));
+      const Vec weight = kPairs ? rough_exp(exponent) : exp(exponent);
+      Vec ds = weight * (load(m.ds + j * kQueries + r) * keep - load(m.delta + r));
       if (p.softcap != 0.f) ds = ds * load(m.slope + j * kQueries + r);
       // A weight of 0 has gradient 0 even where dP is infinite or NaN: the key was not seen.
-      store(m.ds + j * kQueries + r, select(weight == zero(), zero(), ds));
+      return Weighed{weight * keep, select(weight == zero(), zero(), ds)};
     };
+    auto put = [&](int64_t j, int64_t r, const Weighed& w) __attribute__((always_inline)) {
+      store(m.p + j * kQueries + r, w.weight);
+      store(m.ds + j * kQueries + r, w.gradient);
+    };
+    float* ds_by_keys = m.ds;
     if (p.dropout > 0.f) {
       each_keep(p, t, j0, seen, [&](int64_t j, int64_t r, Vec keep) __attribute__((always_inline)) {
-        to_gradient(j, r, load(m.ds + j * kQueries + r) * keep);
-        store(m.p + j * kQueries + r, load(m.p + j * kQueries + r) * keep);
+        put(j, r, weigh(j, r, keep));
       });
+      if constexpr (kPairs) {
+        ds_by_keys = m.slope;  // the cap's slope has been used
+        round_to_pairs(m.ds, seen, ds_by_keys);
+        round_rows(m.ds, keys, width);
+        round_rows(m.p, keys, width);
+      }
+    } else if constexpr (kPairs) {
+      // Rounded as they are made, in place: of a row, strips before this one have been read.
+      ds_by_keys = m.slope;
+      auto put_rounded = [&](int64_t j, int64_t r,
+                             const Weighed& w) __attribute__((always_inline)) {
+        store(reinterpret_cast<BFloat16*>(m.p + j * kQueries) + r, w.weight);
+        store(reinterpret_cast<BFloat16*>(m.ds + j * kQueries) + r, w.gradient);
+      };
+      for (int64_t r = 0; r < width; r += kLanes) {
+        const int64_t count = seen.by(r);
+        for (int64_t j = 0; j < count; j += 2) {
+          const Weighed even = weigh(j, r, 1.f);
+          Weighed odd = {zero(), zero()};
+          if (j + 1 < count) {
+            odd = weigh(j + 1, r, 1.f);
+            put_rounded(j + 1, r, odd);
+          }
+          put_rounded(j, r, even);
+          store(m.slope + j / 2 * kQueries + r, to_bf16_pairs(even.gradient, odd.gradient));
+        }
+      }
     } else {
-      each_seen([&](int64_t j, int64_t r) __attribute__((always_inline)) {
-        to_gradient(j, r, load(m.ds + j * kQueries + r));
+      seen.each_keys([&](int64_t begin, int64_t end, int64_t strip) __attribute__((always_inline)) {
+        for (int64_t j = begin; j < end; ++j) {
+          for (int64_t r = strip * kStrip; r < width; r += kLanes) put(j, r, weigh(j, r, 1.f));
+        }
       });
-    }
-    float* ds_by_keys = m.ds;
-    if constexpr (kPairs) {
-      ds_by_keys = m.slope;  // the cap's slope has been used
-      round_to_pairs(m.ds, seen, ds_by_keys);
-      round_rows(m.ds, keys, width);
-      round_rows(m.p, keys, width);
     }
     const int64_t depth = units_of(t.rows, Dot::kPerUnit);
     seen.each_keys([&](int64_t j, int64_t end, int64_t strip) {

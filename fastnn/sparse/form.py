@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.block_sparse import DEPTHS, OUTPUTS, blocks_of_dense, check_blocks, dense_of_blocks, strips_of, values_empty
+from ..ops.block_sparse import DEPTHS, OUTPUTS, blocks_of_dense, check_blocks, dense_of_blocks, strips_of, values_empty
 
 __all__ = ["Blocks", "block_grid", "to_blocks", "to_dense"]
 
