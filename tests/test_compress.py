@@ -58,6 +58,50 @@ def test_a_gguf_keeps_its_codes(tmp_path, capsys):
     assert "own codes are kept" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # as tests/test_to_onnx.py
+def test_an_onnx_file_beside_it(folder, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    out, file = folder / "m.safetensors", folder / "m.onnx"
+    arguments = ["compress", str(folder / "model"), "--int4", "--group-size", "32", "--tokens", "8"]
+    assert cli.main([*arguments, "--out", str(out), "--onnx", str(file)]) == 0
+    assert "16 layers on codes in groups, off by" in " ".join(capsys.readouterr().out.split())
+    from transformers import LlamaForCausalLM
+
+    model = fastnn.load(out, LlamaForCausalLM.from_pretrained(folder / "model")).eval()
+    ids = torch.arange(15).reshape(3, 5)  # other sizes than the example's, and rows that end earlier
+    mask = (torch.arange(5) < torch.tensor([[5], [2], [1]])).long()
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+    assert (torch.from_numpy(found) - expected)[mask.bool()].abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_what_is_exported(folder, capsys, monkeypatch):
+    given = []
+
+    def export(model, path, example, dynamic_shapes):
+        given.append((model.config.use_cache, path, example, dynamic_shapes))
+        raise RuntimeError("other numbers")
+
+    monkeypatch.setattr(compress, "export", export)
+    monkeypatch.setattr(compress, "check_installed", lambda: None)
+    out, file = str(folder / "m.safetensors"), folder / "m.onnx"
+    arguments = ["compress", str(folder / "model"), "--int8", "--out", out, "--tokens", "8", "--onnx"]
+    assert cli.main([*arguments, str(file)]) == 1
+    assert "no ONNX file was written: other numbers" in capsys.readouterr().err
+    ((keeps, path, example, shapes),) = given
+    assert keeps is False and path == file and set(shapes) == {"input_ids", "attention_mask"} == set(example)
+    assert example["input_ids"].shape == (2, 8) and example["attention_mask"].sum(1).tolist() == [8, 5]
+    assert cli.main([*arguments, str(folder / "none" / "m.onnx")]) == 2
+    assert "no folder" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else object())
+    assert cli.main([*arguments, str(file)]) == 2
+    assert "pip install 'fastnn[onnx]'" in capsys.readouterr().err
+
+
 def test_says_why_it_does_not_begin(folder, capsys):
     out = str(folder / "m.safetensors")
     for arguments, words in (

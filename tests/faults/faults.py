@@ -14,6 +14,7 @@ from faults_groupwise import GROUPWISE_FAULTS
 from faults_int8 import INT8_FAULTS
 from faults_losses import LINEAR_LOSS_FAULTS
 from faults_mlp import MLP_FAULTS
+from faults_onnx import ONNX_FAULTS
 from faults_products import BINDING_FAULTS, KERNEL_FAULTS, PYTHON_FAULTS
 from faults_prune import PRUNE_FAULTS
 from faults_rows import ACTIVATION_FAULTS, DROPOUT_FAULTS, MASKED_FAULTS, NORM_FAULTS, ROPE_FAULTS
@@ -39,6 +40,7 @@ FAULTS = [
     *GENERATE_FAULTS,
     *INT8_FAULTS,
     *CALIBRATION_FAULTS,
+    *ONNX_FAULTS,
     *PRUNE_FAULTS,
     *SPARSE_FAULTS,
     *SPARSIFY_FAULTS,
