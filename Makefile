@@ -52,7 +52,7 @@ test: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
 	$(ENV) $(PY) -m pytest -m "alone and not slow" $(PYTEST_ARGS); alone=$$?; \
 	case "$$side $$alone" in "0 0"|"0 5"|"5 0") ;; *) exit 1 ;; esac  # 5: PYTEST_ARGS selects none of them
 
-test-slow: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/model
+test-slow: $(STAMPS)/extension $(STAMPS)/extra-test $(STAMPS)/extra-onnx $(STAMPS)/model
 	@$(ENV) $(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 test-gpu: $(STAMPS)/extension $(STAMPS)/extra-test

@@ -1,8 +1,8 @@
 """Models as ONNX files that onnxruntime runs without torch: `export`.
 
-torch exports the graph of a copy in which quantised layers are ONNX's own operators: DynamicQuantizeLinear and
-MatMulInteger for int8, onnxruntime's MatMulNBits for 4 bits. What has no such operator goes out with the floating
-weight that its codes stand for, and the result says so.
+torch exports the graph of a copy in which quantised layers are operators of ONNX or onnxruntime: QuantizeLinear and
+MatMulInteger for int8, MatMulNBits and GatherBlockQuantized for codes in groups. What has no such operator goes out
+with the floating weight that its codes stand for, and the result says so.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ from torch.nn import Module
 from . import nn
 from ._dispatch import use_backend
 from .accelerate.isolate import check_model
+from .cli import MissingExtra
+from .ops.groups import bits_of
 from .ops.linear import ACTIVATIONS
 from .quant import dequantize_
 
 WHERE = "fastnn.export"
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _LEAST_BLOCK = 16
+_INT8_INPUTS = 4
+"""MatMulNBits: the least accuracy that will do is that of inputs rounded to int8, of each group by itself."""
 
 FLOAT_LIMIT, INT8_LIMIT = 1e-3, 0.1
 """The largest difference of an output from the model's, as a share of that output's largest magnitude.
 
-Sums are in another order, and layer upon layer of it shows in the fourth digit. `Int8Linear` rounds each row of its
-input by itself, DynamicQuantizeLinear all rows alike, from the least to the largest value; an `Int4Linear` with int8
-inputs goes out as a floating layer, which rounds none.
+Sums are in another order, and layer upon layer of it shows in the fourth digit. Where inputs are rounded to int8, a
+difference in the last digit before becomes one of a whole step now and then; MatMulNBits rounds each group of a row by
+itself, an `Int4Linear` the whole row.
 """
 
 
@@ -47,11 +51,11 @@ class Exported:
     nbytes: int
     """Of the file."""
     int8: tuple[str, ...]
-    """Paths of layers that are DynamicQuantizeLinear and MatMulInteger."""
-    int4: tuple[str, ...]
-    """Paths of layers that are MatMulNBits."""
+    """Paths of layers that are QuantizeLinear and MatMulInteger."""
+    grouped: tuple[str, ...]
+    """Paths of layers that are MatMulNBits, and of embeddings that are GatherBlockQuantized."""
     floating: tuple[str, ...]
-    """Paths of quantised layers that went out with floating weights: none of the two operators takes them."""
+    """Paths of quantised layers that went out with floating weights: none of these operators takes them."""
     error: float
     """The largest difference from the model on the example, as a share of the output's largest magnitude."""
 
@@ -83,39 +87,99 @@ class _Node(Module):
 
 
 class _Int8(_Node):
-    """`codes` (in_features, out_features), a scale for each output."""
+    """`codes` (in_features, out_features), a scale for each output.
+
+    Each row of the input is rounded as `fastnn.ops.quantize_rows` says, so the numbers are the layer's own. With
+    DynamicQuantizeLinear, one scale for all rows, one outlier would cost every row its digits. Codes go in plus 128:
+    onnxruntime multiplies unsigned by signed bytes fast, signed by signed ones 15 times as slowly.
+    """
+
+    one: Tensor
+    zero: Tensor
+
+    def __init__(self, layer: nn.Int8Linear) -> None:
+        super().__init__(layer.weight.t().contiguous(), layer.weight_scale, layer)
+        self.register_buffer("one", torch.tensor(1.0))
+        self.register_buffer("zero", torch.tensor(128, dtype=torch.uint8))
 
     def product(self, x: Tensor) -> Tensor:
-        types = torch.uint8, torch.float32, torch.uint8
-        shapes: Any = x.shape, (), ()
-        several, one = torch.onnx.ops.symbolic_multi_out, torch.onnx.ops.symbolic
-        rounded, step, zero = several("DynamicQuantizeLinear", (x,), dtypes=types, shapes=shapes, version=11)
+        step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(2.0**-126)
+        operator = torch.onnx.ops.symbolic
+        numbers = x * step.reciprocal()
+        rounded = operator(
+            "QuantizeLinear", (numbers, self.one, self.zero), dtype=torch.uint8, shape=x.shape, version=13
+        )
         shape = (*x.shape[:-1], self.out_features)
-        sums = one("MatMulInteger", (rounded, self.codes, zero), dtype=torch.int32, shape=shape, version=10)
-        return sums.float() * (step * self.scale)
+        sums = operator("MatMulInteger", (rounded, self.codes, self.zero), dtype=torch.int32, shape=shape, version=10)
+        # An outer product: a Mul of scales here is fused by onnxruntime (MatMulIntegerToFloat) as if it were one scale.
+        return sums.float() * (step @ self.scale[None])
 
 
-class _Int4(_Node):
-    """`codes` (out_features, blocks, bytes of a block), a scale for each block."""
+class _Groups(_Node):
+    """MatMulNBits: `codes` (out_features, groups, bytes of a group), a scale and perhaps a zero for each group."""
+
+    zeros: Tensor | None
+
+    def __init__(self, layer: nn.GroupwiseLinear, codes: Tensor, zeros: Tensor | None) -> None:
+        super().__init__(codes.reshape(layer.out_features, -1, codes.shape[1] // layer.weight_scale.shape[1]),
+                         layer.weight_scale.float(), layer)  # fmt: skip
+        self.register_buffer("zeros", zeros)
+        sizes = {"N": layer.out_features, "K": layer.in_features, "bits": _bits(layer), "block_size": layer.group_size}
+        self.options: dict[str, Any] = {**sizes, **({"accuracy_level": _INT8_INPUTS} if layer.int8_input else {})}
 
     def product(self, x: Tensor) -> Tensor:
-        _, blocks, half = self.codes.shape
-        sizes = {"N": self.out_features, "K": 2 * half * blocks, "bits": 4, "block_size": 2 * half}
-        operands, shape = (x, self.codes, self.scale), (*x.shape[:-1], self.out_features)
-        name = "com.microsoft::MatMulNBits"
-        return torch.onnx.ops.symbolic(name, operands, sizes, dtype=x.dtype, shape=shape, version=1)
+        parts = (x, self.codes, self.scale) if self.zeros is None else (x, self.codes, self.scale, self.zeros)
+        shape, name = (*x.shape[:-1], self.out_features), "com.microsoft::MatMulNBits"
+        return torch.onnx.ops.symbolic(name, parts, self.options, dtype=x.dtype, shape=shape, version=1)
 
 
-def _node(layer: Module) -> _Node | None:
+class _Table(Module):
+    """GatherBlockQuantized: rows of codes."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: nn.GroupwiseEmbedding, codes: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", layer.weight_scale.float())
+        self.width = layer.embedding_dim
+        kept = {"bits": _bits(layer), "block_size": layer.group_size}
+        self.options: dict[str, Any] = {**kept, "gather_axis": 0, "quantize_axis": 1}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        parts, shape, name = (
+            (self.codes, ids, self.scale),
+            (*ids.shape, self.width),
+            "com.microsoft::GatherBlockQuantized",
+        )
+        return torch.onnx.ops.symbolic(name, parts, self.options, dtype=torch.float32, shape=shape, version=1)
+
+
+def _bits(layer: nn.GroupwiseLinear | nn.GroupwiseEmbedding) -> int:
+    return bits_of(layer.weight)
+
+
+def _node(layer: Module) -> _Int8 | _Groups | _Table | None:
     """The operator of a layer; None where there is none."""
     if isinstance(layer, nn.Int8Linear):
-        return _Int8(layer.weight.t().contiguous(), layer.weight_scale, layer)
-    if isinstance(layer, nn.Int4Linear) and layer.symmetric and not layer.int8_input:
-        size, columns = layer.group_size, layer.in_features
-        if size >= _LEAST_BLOCK and size & (size - 1) == 0 and columns % size == 0:
-            codes = layer.weight.reshape(layer.out_features, columns // size, size // 2)
-            return _Int4(codes, layer.weight_scale.float().reshape(-1), layer)
-    return None
+        return _Int8(layer)
+    if not isinstance(layer, (nn.GroupwiseLinear, nn.GroupwiseEmbedding)):
+        return None
+    size = layer.group_size
+    if size < _LEAST_BLOCK or size & (size - 1) or layer.in_features % size:
+        return None
+    codes = (
+        layer.weight if _bits(layer) == 4 else layer.weight.view(torch.uint8) ^ 128
+    )  # both have their zero in the middle
+    if isinstance(layer, nn.GroupwiseEmbedding):
+        return _Table(layer, codes) if layer.symmetric and layer.dtype == torch.float32 else None
+    if layer.weight_offset is None:
+        return _Groups(layer, codes, None)
+    scale, offset = layer.weight_scale.float(), layer.weight_offset.float()
+    if bool(((scale == 0) & (offset != 0)).any()):
+        return None  # scale x (code - zero) has no zero for it
+    return _Groups(layer, codes, -offset / scale.where(scale != 0, 1.0))
 
 
 # ---- the file
@@ -156,12 +220,20 @@ def _error(found: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
+def check_installed() -> None:
+    """Raises MissingExtra, an ImportError, where something that an export needs is not there."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{WHERE}: needs {', '.join(missing)}; install with:  pip install 'fastnn[onnx]'")
+
+
 def export(model: Module, path: str | os.PathLike[str], example_inputs: Any, *, dynamic_shapes: Any = None) -> Exported:
     """Writes the model as an ONNX file, runs the file by onnxruntime on the example, and compares.
 
-    Layers that `fastnn.quantize_` made `Int8Linear` become DynamicQuantizeLinear and MatMulInteger, symmetric
-    `Int4Linear` without int8 inputs, in whole groups of a power of two from 16 up, MatMulNBits (an operator of
-    onnxruntime's own); other quantised layers go out as floating ones, listed in the result. The model stays as it is.
+    Layers that `fastnn.quantize_` made `Int8Linear` become QuantizeLinear and MatMulInteger, with a scale for each row
+    of the input as they have it. Dense layers and embeddings on codes in groups, whole ones of a power of two from 16
+    up, become MatMulNBits and, without offsets, GatherBlockQuantized (operators of onnxruntime's own). Other quantised
+    layers go out as floating ones, listed in the result. The model stays as it is.
 
     Args:
         model: any module that `torch.export` can read, in float32 on the CPU.
@@ -180,16 +252,14 @@ def export(model: Module, path: str | os.PathLike[str], example_inputs: Any, *, 
         OSError: the file cannot be written.
     """
     check_model("export", model)
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{WHERE}: needs {', '.join(missing)}; install with:  pip install 'fastnn[onnx]'")
+    check_installed()
     path = Path(path)
     args, kwargs = _split(example_inputs)
     shadow = copy.deepcopy(model).eval()
     with torch.no_grad():
         expected = _tensors(shadow(*args, **kwargs))
     rounds = any(isinstance(m, nn.Int8Linear) or getattr(m, "int8_input", False) for m in shadow.modules())
-    kinds: dict[type[Module], list[str]] = {_Int8: [], _Int4: []}
+    kinds: dict[type[Module], list[str]] = {_Int8: [], _Groups: [], _Table: []}
     for name, layer in list(shadow.named_modules()):
         node = _node(layer)
         if node is not None:
@@ -223,4 +293,5 @@ def export(model: Module, path: str | os.PathLike[str], example_inputs: Any, *, 
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    return Exported(path, path.stat().st_size, tuple(kinds[_Int8]), tuple(kinds[_Int4]), floating, error)
+    grouped = (*kinds[_Groups], *kinds[_Table])
+    return Exported(path, path.stat().st_size, tuple(kinds[_Int8]), grouped, floating, error)

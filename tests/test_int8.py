@@ -53,6 +53,25 @@ def test_same_bits_as_plain_pytorch(target, dtype):
 
 
 @every_target
+def test_any_number_of_threads(target):
+    """Splits of rows and outputs, and rows alone, have the bits of one thread."""
+    threads = torch.get_num_threads()
+    for m, k, n in ((1, 768, 400), (70, 300, 130), (300, 64, 50)):
+        x, parts, bias = randn(m, k), quantize_rows_reference(randn(n, k, seed=1)), randn(n)
+        try:
+            found = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                with target.forced():
+                    found.append(fastnn.linear_int8(x, *parts, bias))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(same_bits(found[0], other) for other in found[1:]), (m, k, n)
+        with target.forced():
+            assert same_bits(found[0][-1:], fastnn.linear_int8(x[-1:], *parts, bias))
+
+
+@every_target
 def test_sums_are_exact_at_their_longest(target):
     """131072 products of 127 x 127 are just below 2^31; a sum that saturates anywhere is far off."""
     signs = torch.tensor([[1.0], [-1.0]])

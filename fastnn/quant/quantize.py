@@ -14,6 +14,7 @@ from torch.nn import Module
 from .. import nn
 from ..accelerate.isolate import check_model
 from .calibration import Calibration, Outcome, Target, calibrate
+from .casts import reader_of_type
 from .config import Recipe, recipes_of
 from .encoder import mind_fast_path
 from .linear import is_conv1d  # and registers its recipes
@@ -125,6 +126,8 @@ def quantize_(
             layer.input = inputs.get(layer.module)
     for layer in chosen:
         _prepare(layer)
+    _mind_readers(model, chosen)
+    chosen = [layer for layer in chosen if not layer.reason]
     _measure([layer for layer in chosen if layer.input is not None], max_slowdown)
     text = repr(dict(config) if isinstance(config, Mapping) else config)
     found = None if calibration is None else _calibrate(model, chosen, calibration, text)
@@ -203,6 +206,14 @@ def _prepare(layer: _Layer) -> None:
     if isinstance(made, nn.QuantizedModule) and made.shares_codes_with(first.made):
         for name, buffer in first.made.named_buffers(recurse=False):
             setattr(made, name, buffer)
+
+
+def _mind_readers(model: Module, chosen: list[_Layer]) -> None:
+    """Leaves layers alone whose input would be converted to the type of their codes, tied ones all or none."""
+    for layer in chosen:
+        kind = reader_of_type(model, layer.name, layer.made) if isinstance(layer.made, nn.QuantizedModule) else ""
+        for one in layer.tied if kind else ():
+            one.reason = f"{kind} reads its weight's type, to convert its input to it: no codes of such a type"
 
 
 def _calibrate(model: Module, chosen: list[_Layer], calibration: Any, config: str) -> Outcome:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from fault import Fault as Fault
 from faults_attention import ATTENTION_FAULTS, LOSS_FAULTS
 from faults_calibration import CALIBRATION_FAULTS
+from faults_compression import COMPRESSION_FAULTS
 from faults_generate import GENERATE_FAULTS
 from faults_groupwise import GROUPWISE_FAULTS
 from faults_int8 import INT8_FAULTS
 from faults_losses import LINEAR_LOSS_FAULTS
 from faults_mlp import MLP_FAULTS
+from faults_onnx import ONNX_FAULTS
 from faults_products import BINDING_FAULTS, KERNEL_FAULTS, PYTHON_FAULTS
 from faults_prune import PRUNE_FAULTS
 from faults_rows import ACTIVATION_FAULTS, DROPOUT_FAULTS, MASKED_FAULTS, NORM_FAULTS, ROPE_FAULTS
@@ -39,6 +41,8 @@ FAULTS = [
     *GENERATE_FAULTS,
     *INT8_FAULTS,
     *CALIBRATION_FAULTS,
+    *COMPRESSION_FAULTS,
+    *ONNX_FAULTS,
     *PRUNE_FAULTS,
     *SPARSE_FAULTS,
     *SPARSIFY_FAULTS,

@@ -95,4 +95,18 @@ INT8_FAULTS = [
         "setattr(made, name, buffer.clone())",
         ("tests/test_quantize.py::test_tied_layers_share_their_codes",),
     ),
+    Fault(
+        "quantize_: a layer gets codes of a type to which the model converts its input",
+        "fastnn/quant/quantize.py",
+        "    _mind_readers(model, chosen)\n",
+        "",
+        ("tests/test_quantize_casts.py::test_inputs_that_take_the_weights_type",),
+    ),
+    Fault(
+        "quantize_: int8 codes count as spared wherever a type is read",
+        "fastnn/quant/casts.py",
+        'made.code_dtype == torch.int8 and "int8" in names',
+        "made.code_dtype == torch.int8",
+        ("tests/test_quantize_casts.py::test_inputs_that_take_the_weights_type",),
+    ),
 ]
