@@ -46,6 +46,7 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from .compression import CompressError, compress
     from .decode import generate
     from .distill import Distiller, distillation_loss, hidden_state_loss
     from .prune import Shrink, shrink_
@@ -70,6 +71,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration",
+    "CompressError",
     "Distiller",
     "Explanation",
     "Gptq",
@@ -91,6 +93,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "block_sparse_linear",
+    "compress",
     "cross_entropy",
     "dequantize_",
     "distillation_loss",
@@ -140,6 +143,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "compression": ("CompressError", "compress"),
     "decode": ("generate",),
     "distill": ("Distiller", "distillation_loss", "hidden_state_loss"),
     "prune": ("Shrink", "shrink_"),

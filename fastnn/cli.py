@@ -15,7 +15,7 @@ COMMANDS = {
     "info": ("fastnn.info", "version, backends, instruction set, threads"),
     "demo": ("fastnn.demo", "a real sentence encoder, before and after"),
     "verify": ("fastnn.verify", "whether this machine computes what it should, in half a minute"),
-    "compress": ("fastnn.compress", "a model's weights as codes of 8 or 4 bits, in one file that was read back"),
+    "compress": ("fastnn.compression.command", "a smaller, faster model in one file that was read back"),
     "bench": ("fastnn.bench.command", "every row against the machine's limit and the best alternative"),
     "run": ("fastnn.run", "any script, with the allocator settings that measure best here"),
 }

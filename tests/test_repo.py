@@ -151,6 +151,7 @@ RUNNABLE = [
         ROOT / "README.md",
         ROOT / "docs/quantization.md",
         ROOT / "docs/pruning.md",
+        ROOT / "docs/compress.md",
         ROOT / "docs/sparse.md",
         *sorted(ROOT.glob("docs/ops/*.md")),
     ]

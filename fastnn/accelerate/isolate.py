@@ -27,6 +27,8 @@ class Attempt:
 
     def __init__(self) -> None:
         self.failure = ""
+        self.error: BaseException | None = None
+        """What it raised."""
 
     def __enter__(self) -> Attempt:
         return self
@@ -36,6 +38,7 @@ class Attempt:
     ) -> bool:
         if kind is None or not issubclass(kind, Exception):
             return False
+        self.error = error
         text = str(error).strip()
         first = text.splitlines()[0].partition(". ")[0][:160] if text else ""
         self.failure = f"{kind.__name__}: {first}" if first else kind.__name__

@@ -85,20 +85,21 @@ def shrink_(
         raise PruneError(f"fastnn.shrink_: nothing can be pruned: {why}")
     plan: Removed = []
     for one, mine in assigned(config, chosen, kept):
-        plan += zip(mine, removed(one, mine, _scores(model, one, mine, calibration, loss)), strict=True)
+        plan += zip(mine, removed(one, mine, scores(model, one, mine, calibration, loss)), strict=True)
     every = {id(group): units for group, units in plan}
     plan += [(group, np.empty(0, np.int64)) for group in groups if id(group) not in every]
     parameters, macs = _parameters(model), _macs(traced, [])
-    changes, lacks, difference = _verified(model, plan, example_inputs)
-    shapes = _shapes(model, changes)
+    changes, lacks, difference = take_out(model, plan, example_inputs)
+    shapes = shapes_of(model, changes)
     entries = tuple([_entry(group, every.get(id(group))) for group in groups] + [_left(one) for one in kept])
     after = _parameters(model), _macs(traced, plan)
     return Report(entries, parameters, after[0], macs, after[1], shapes, lacks, difference)
 
 
-def _scores(
+def scores(
     model: Module, config: Shrink, groups: list[Group], calibration: Iterable[Any] | None, loss: importance.Loss | None
 ) -> list[np.ndarray]:
+    """How much each group's units are worth, by the configuration's importance."""
     if config.importance == "norm":
         return [importance.norms(group) for group in groups]
     if calibration is None or (loss is None and config.importance == "taylor"):
@@ -116,8 +117,15 @@ def _outputs(model: Module, example_inputs: Any) -> list[Tensor]:
         return [one.detach().clone() for one in tensors(call(model, example_inputs))]
 
 
-def _verified(model: Module, plan: Removed, example_inputs: Any) -> tuple[Changes, str, float]:
-    """Shrinks, and undoes it where the model then gives something else than it should."""
+def take_out(model: Module, plan: Removed, example_inputs: Any) -> tuple[Changes, str, float]:
+    """Takes units out; puts everything back where the model then gives something else than without what they say.
+
+    Returns:
+        What was changed; what a transformers configuration cannot say of it; the largest difference of an output.
+
+    Raises:
+        PruneError: a shape that a module's code has fixed; the model is as it was.
+    """
     with silenced(plan):
         expected = _outputs(model, example_inputs)
     changes, lacks, difference, done = shrink(model, plan), "", 0.0, False
@@ -188,7 +196,8 @@ def _macs(traced: Trace, plan: Removed) -> int:
     return round(sum(product.macs * float(np.prod([left(dim) for dim in product.dims])) for product in traced.products))
 
 
-def _shapes(model: Module, changes: Changes) -> dict[str, Any]:
+def shapes_of(model: Module, changes: Changes) -> dict[str, Any]:
+    """What `resize_` needs."""
     names = {id(tensor): name for kind in (model.named_parameters, model.named_buffers) for name, tensor in kind()}
     paths = {id(module): path for path, module in model.named_modules()}
     attributes: dict[str, dict[str, int]] = {}
@@ -225,6 +234,11 @@ def resize_(model: Module, shapes: dict[str, Any]) -> None:
         ValueError: a parameter, buffer, module or attribute that it lacks, or that is smaller already; nothing is done.
     """
     check_model("resize_", model)
+    resized(model, shapes)
+
+
+def resized(model: Module, shapes: dict[str, Any]) -> Changes:
+    """As `resize_`; what was changed."""
     held = {n: t for kind in (model.named_parameters, model.named_buffers) for n, t in kind(remove_duplicate=False)}
     modules = dict(model.named_modules())
     for name, shape in shapes["tensors"].items():
@@ -242,3 +256,4 @@ def resize_(model: Module, shapes: dict[str, Any]) -> None:
     for path, values in shapes["attributes"].items():
         for name, value in values.items():
             changes.set(modules[path], name, value)
+    return changes

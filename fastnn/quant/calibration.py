@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -15,9 +13,9 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..accelerate.isolate import isolated, plain_inputs
-from ..cli import MissingExtra
 from ..nn import QuantizedLinear
 from ..nn.linear_groupwise import GroupwiseLinear
+from ..progress import Step, progress
 from . import smooth
 from .chain import Chain, carried, lists_of_blocks, run
 from .checkpoint import Folder, digest
@@ -27,8 +25,6 @@ from .gptq import Gptq, gptq
 from .linear import float_weight
 from .observe import Watch
 from .smooth import SmoothQuant
-
-Step = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ def calibrate(
     samples = [plain_inputs(sample) for sample in calibration.inputs]
     if not samples:
         raise ValueError("fastnn.quantize_: calibration has no inputs")
-    with isolated(model), torch.inference_mode(False), torch.no_grad(), _progress(calibration.progress) as bar:
+    with isolated(model), torch.inference_mode(False), torch.no_grad(), progress(calibration.progress) as bar:
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
                 vars(module)["training"] = False
@@ -294,22 +290,3 @@ def _swap(root: Module, instead: Mapping[Module, Module]) -> None:
             if child is not None and child in instead:
                 module._modules[name] = instead[child]
     mind_fast_path(root)
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[int], Step]]:
-    """Gives a function that, told how many steps there are, gives one that does a step of a part of that name."""
-    if not shown:
-        yield lambda total: lambda name: None
-        return
-    try:
-        rich = importlib.import_module("rich.progress")
-    except ImportError as error:
-        raise MissingExtra("a progress bar needs rich; install with:  pip install 'fastnn[cli]'") from error
-    with rich.Progress(*rich.Progress.get_default_columns(), rich.TimeElapsedColumn()) as shown_bar:
-
-        def begin(total: int) -> Step:
-            task = shown_bar.add_task("calibrating", total=total)
-            return lambda name: shown_bar.update(task, advance=1, description=name)
-
-        yield begin

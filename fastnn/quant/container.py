@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,7 +52,7 @@ def bytes_of(t: Tensor) -> memoryview:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], kept: Mapping[str, Any]) -> None:
-    """Writes the file beside `path`, syncs it to the disk and renames it: a reader sees the old or the new one, whole.
+    """Writes the file, whole or not at all (`replace`).
 
     Args:
         path: where; its folder exists.
@@ -79,10 +79,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], kept: Mapping[str, Any]) ->
     raw = raw.replace(_ZEROS.encode(), digest.encode(), 1)
     if len(raw) > _MOST_HEADER:
         raise TypeError(f"fastnn.save: the names of {len(tensors)} tensors take more than {_MOST_HEADER} bytes")
-    _replace(path, [_LENGTH.pack(len(raw)), raw, *(bytes_of(t) for t in tensors.values())])
+    replace(path, [_LENGTH.pack(len(raw)), raw, *(bytes_of(t) for t in tensors.values())])
 
 
-def _replace(path: Path, parts: list[bytes | memoryview]) -> None:
+def replace(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Writes a file beside `path`, syncs it to the disk and renames it: a reader sees the old or the new one, whole."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     written = False
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ FORMAT = 2
 """Of what is kept beside the tensors. A later version reads earlier ones."""
 
 
-def save(model: Module, path: str | os.PathLike[str]) -> None:
+def save(model: Module, path: str | os.PathLike[str], *, shapes: Mapping[str, Any] | None = None) -> None:
     """Writes the model's `state_dict` and which of its layers are quantised or block-sparse to one safetensors file.
 
     Plain tensors with a checksum each, shared ones once; the file is replaced as a whole, after it is on the disk.
@@ -32,6 +33,7 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     Args:
         model: any module whose `state_dict` holds dense tensors alone.
         path: the file; its folder exists.
+        shapes: of a model that was shrunk (the reports' `shapes`): `load` gives them to a model of the original sizes.
 
     Raises:
         TypeError: `model` is no module, or its `state_dict` holds something that is no dense tensor.
@@ -55,7 +57,8 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
         for name, m in model.named_modules()
         if isinstance(m, nn.QuantizedModule | nn.BlockSparseLinear)
     }
-    write(Path(path), stored, {"version": FORMAT, "shared": shared, "layers": layers})
+    sizes = {"shapes": dict(shapes)} if shapes else {}
+    write(Path(path), stored, {"version": FORMAT, "shared": shared, "layers": layers, **sizes})
 
 
 def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
@@ -87,7 +90,8 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
     if model is None:
         return state
     check_model("load", model)
-    chosen = _fitting(path, model, state, layers)
+    with _resized(path, model, kept.get("shapes")):
+        chosen = _fitting(path, model, state, layers)
     codes: dict[str, Tensor] = {}
     for name, (module, made) in chosen.items():
         weight: Any = module.weight
@@ -104,6 +108,27 @@ def load(path: str | os.PathLike[str], model: Module | None = None) -> Any:
     mind_fast_path(model)
     model.load_state_dict(state, strict=True)
     return model
+
+
+@contextmanager
+def _resized(path: Path, model: Module, shapes: Any) -> Iterator[None]:
+    """Gives the model the file's sizes; the old ones again where what is done meanwhile fails."""
+    if shapes is None:
+        yield
+        return
+    from ..prune.shrink import resized  # what few files need, and takes its time to import
+
+    try:
+        changes = resized(model, {part: dict(shapes[part]) for part in ("tensors", "attributes")})
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise RuntimeError(f"fastnn.load: the sizes in {path} do not fit the model: {error}") from None
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            changes.undo()
 
 
 Made = nn.QuantizedModule | nn.BlockSparseLinear

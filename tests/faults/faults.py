@@ -9,6 +9,7 @@ from __future__ import annotations
 from fault import Fault as Fault
 from faults_attention import ATTENTION_FAULTS, LOSS_FAULTS
 from faults_calibration import CALIBRATION_FAULTS
+from faults_compression import COMPRESSION_FAULTS
 from faults_generate import GENERATE_FAULTS
 from faults_groupwise import GROUPWISE_FAULTS
 from faults_int8 import INT8_FAULTS
@@ -40,6 +41,7 @@ FAULTS = [
     *GENERATE_FAULTS,
     *INT8_FAULTS,
     *CALIBRATION_FAULTS,
+    *COMPRESSION_FAULTS,
     *ONNX_FAULTS,
     *PRUNE_FAULTS,
     *SPARSE_FAULTS,

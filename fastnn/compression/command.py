@@ -1,8 +1,9 @@
-"""`python -m fastnn compress MODEL --int8|--int4 --out FILE [--onnx FILE]`: weights as codes, in files read back.
+"""`python -m fastnn compress MODEL --int8|--int4|--budget DROP --out FILE [--onnx FILE]`: a smaller model in a file.
 
 MODEL is a folder as Hugging Face's `save_pretrained` writes it, the name of a model that its cache has, or a GGUF
 file. The report says of every layer what became of it, and the file is loaded into a fresh model, whose weights and
-results must be the same bits; an ONNX file is run by onnxruntime and compared. Nothing is downloaded.
+results must be the same bits; an ONNX file is run by onnxruntime and compared. `--budget` searches (`within.py`).
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from .cli import MissingExtra
-from .quant import Int4WeightOnly, Int8Dynamic, load, load_gguf, quantize_, save
-from .to_onnx import check_installed, export
+from ..cli import MissingExtra
+from ..quant import Int4WeightOnly, Int8Dynamic, load, load_gguf, quantize_, save
+from ..to_onnx import check_installed, export
+from . import within
+from .within import first
 
 _RUNS = 5
 """Of the model before and after, in turns."""
@@ -49,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--int8", action="store_true", help="dense layers to Int8Dynamic")
     kind.add_argument("--int4", action="store_true", help="dense layers and embeddings to Int4WeightOnly")
+    within.add_arguments(parser, kind)
     parser.add_argument("--group-size", type=_positive, default=64, help="of --int4 (default 64)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="an ONNX file to write, too")
@@ -80,11 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _why_not(arguments: argparse.Namespace) -> str:
-    is_gguf = _is_gguf(arguments.model)
-    if is_gguf and (arguments.int8 or arguments.int4):
-        return "a GGUF file's own codes are kept: leave out --int8 and --int4"
-    if not is_gguf and not (arguments.int8 or arguments.int4):
-        return "--int8 or --int4 must be given"
+    is_gguf, searches = _is_gguf(arguments.model), arguments.budget is not None
+    if is_gguf and (arguments.int8 or arguments.int4 or searches):
+        return "a GGUF file's own codes are kept: leave out --int8, --int4 and --budget"
+    if not is_gguf and not (arguments.int8 or arguments.int4 or searches):
+        return "--int8, --int4 or --budget must be given"
+    if problem := within.why_not(arguments):
+        return problem
     for path in (arguments.out, arguments.onnx):
         if path is not None and not path.parent.is_dir():
             return f"there is no folder {path.parent}"
@@ -120,12 +126,6 @@ def _example(model: Any, tokens: int) -> dict[str, Tensor] | None:
     return {"input_ids": torch.randint(0, words, (1, length), generator=generator)}
 
 
-def _first(output: Any) -> Tensor:
-    """The main tensor of what a model gives."""
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
-
-
 def _milliseconds(models: list[Any], example: dict[str, Tensor]) -> list[float]:
     """Median of each, run in turns."""
     times: list[list[float]] = [[] for _ in models]
@@ -153,6 +153,8 @@ def _compress(arguments: argparse.Namespace) -> int:
     example = _example(model, arguments.tokens)
     if example is None and arguments.onnx is not None:
         raise ValueError("--onnx is for models that take token ids")
+    if arguments.budget is not None:
+        return within.run(arguments, console, model, example)
     plain = None
     before = _bytes_of(model)
     if arguments.int8 or arguments.int4:
@@ -194,7 +196,7 @@ def _differs(model: Any, path: Path, example: dict[str, Tensor] | None) -> str:
     if example is None:
         return ""
     with torch.no_grad():
-        same = torch.equal(_first(model(**example)), _first(fresh(**example)))
+        same = torch.equal(first(model(**example)), first(fresh(**example)))
     return "" if same else "the model computes something else"
 
 
