@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch.nn import Module
 
 from .purity import ABSENT
-from .table import Column, pattern, plain, rich_table
+from .table import Column, Parts, Printed, pattern
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,13 @@ _NOT_FUSED = (
 
 
 @dataclass
-class Report:
+class Report(Printed):
     """What was done to a model. `restore()`, or leaving a `with` block, takes all of it back.
 
     Printing it, plainly or by rich, gives a table; layers that differ by a number in their names share a line.
     """
+
+    _verb = "accelerate"
 
     entries: tuple[Entry, ...]
     """Every linear, softmax, norm and activation layer of the model, in the model's order."""
@@ -166,23 +168,13 @@ class Report:
             parts.append(f"{self.packed_bytes / 2**20:.1f} MiB of packed weights")
         return "; ".join([*parts, self.verification, *(["restored"] if self.restored else [])])
 
-    def _tables(self, make: Callable[..., Any]) -> list[Any]:
+    def _parts(self) -> Parts:
         unfused = Counter(pattern(e.reason) for e in self.accelerated if e.was == "Linear" and not e.activation)
-        parts = [
+        return (
             ("Accelerated", _DONE, _group(self.accelerated)),
             ("Accelerated, but not fused with an activation", _NOT_FUSED, unfused.most_common()),
             ("Left alone", _SKIPPED, _group(self.skipped)),
-        ]
-        return [make(title, columns, rows) for title, columns, rows in parts if rows]
-
-    def __str__(self) -> str:
-        return "\n\n".join([*self._tables(plain), f"fastnn.accelerate: {self.summary}"])
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(*self._tables(rich_table), Text(self.summary, style="bold"))
+        )
 
 
 def _group(entries: Iterable[Entry]) -> list[_Group]:

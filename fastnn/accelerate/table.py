@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,50 @@ class Column:
     style: str = ""
     wraps: bool = False
     """Whether its cells may take several lines; the others are never broken."""
+
+
+Parts = Iterable[tuple[str, Sequence[Column], Sequence[Any]]]
+"""Title, columns and rows of tables."""
+
+
+class Printed:
+    """What prints as tables and a summary below them, as plain text and for rich."""
+
+    _verb: ClassVar[str]
+    """What made it, `quantize_`: stands before the summary in plain text."""
+
+    @property
+    def summary(self) -> str:
+        """What is below the tables."""
+        raise NotImplementedError
+
+    def _parts(self) -> Parts:
+        """The tables; those without rows are left out."""
+        raise NotImplementedError
+
+    def _tables(self, make: Callable[..., Any]) -> list[Any]:
+        return [make(title, columns, rows) for title, columns, rows in self._parts() if rows]
+
+    def __str__(self) -> str:
+        return "\n\n".join([*self._tables(plain), f"fastnn.{self._verb}: {self.summary}"])
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(*self._tables(rich_table), Text(self.summary, style="bold"))
+
+
+def size_text(nbytes: int | None) -> str:
+    """Bytes, for a cell."""
+    if nbytes is None:
+        return "unknown"
+    return f"{nbytes / 2**20:.2f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.1f} KiB"
+
+
+def ms_text(ms: float | None) -> str:
+    """Milliseconds, for a cell; empty where nothing was measured."""
+    return "" if ms is None else f"{ms:.3g}"
 
 
 def pattern(name: str) -> str:

@@ -17,9 +17,9 @@ from ..accelerate.isolate import plain_inputs
 from ..prune import Shrink
 from ..quant.checkpoint import digest
 from ..quant.config import Config, Int4Int8Dynamic, Int8Dynamic, Int8WeightOnly
+from ..selection import FilterFn, Patterns
 from ..sparse.config import Sparsify
 from .moves import Target
-from .units import FilterFn, Patterns
 
 CANDIDATES = (
     Int8Dynamic(),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Any
 
-from ..accelerate.table import Column, plain, rich_table
+from ..accelerate.table import Column, Parts, Printed, ms_text, size_text
 from ..cli import MissingExtra
 
 
@@ -83,16 +83,6 @@ class Figures:
     """Tensors, packed copies and what a call takes beside them; None where the system does not tell."""
 
 
-def _bytes(n: int | None) -> str:
-    if n is None:
-        return "unknown"
-    return f"{n / 2**20:.2f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB"
-
-
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
 def _of(name: str, text: Callable[[Any], str]) -> Callable[[Entry], str]:
     def found(entry: Entry) -> str:
         return "" if entry.chosen is None else text(getattr(entry.chosen, name))
@@ -105,26 +95,28 @@ _COLUMNS = (
     Column("kind", lambda e: e.kind),
     Column("was", lambda e: e.was),
     Column("became", lambda e: e.became or "", style="green"),
-    Column("before", _of("bytes_before", _bytes), "right"),
-    Column("after", _of("bytes_after", _bytes), "right"),
-    Column("ms before", _of("ms_before", _ms), "right"),
-    Column("ms after", _of("ms_after", _ms), "right"),
+    Column("before", _of("bytes_before", size_text), "right"),
+    Column("after", _of("bytes_after", size_text), "right"),
+    Column("ms before", _of("ms_before", ms_text), "right"),
+    Column("ms after", _of("ms_after", ms_text), "right"),
     Column("error", _of("error", lambda v: "" if v is None else f"{100 * v:.2g} %"), "right"),
     Column("why", lambda e: e.reason, style="yellow", wraps=True),
 )
 _POINTS = (
     Column("units changed", lambda p: str(p.changed), "right"),
     Column("metrics", lambda p: ", ".join(f"{k} {v:.4f}" for k, v in p.metrics.items())),
-    Column("ms", lambda p: _ms(p.ms), "right"),
+    Column("ms", lambda p: ms_text(p.ms), "right"),
     Column("speed", lambda p: f"{p.ms_before / p.ms:.2f}x", "right"),
-    Column("bytes", lambda p: _bytes(p.nbytes), "right"),
+    Column("bytes", lambda p: size_text(p.nbytes), "right"),
     Column("", lambda p: "kept" if p.accepted else "rolled back"),
 )
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """Every layer's fate, every point tried, and the model before and after. Prints as tables."""
+
+    _verb = "compress"
 
     entries: tuple[Entry, ...]
     """In the model's order, groups first."""
@@ -168,8 +160,9 @@ class Report:
         metrics = ", ".join(f"{name} {a.metrics[name]:.4f} -> {b.metrics[name]:.4f}" for name in a.metrics)
         return (
             f"{metrics} ({self.metric} may fall by {self.max_drop:g}, fell by {self.drop:.4f})",
-            f"tensors {_bytes(a.nbytes)} -> {_bytes(b.nbytes)} ({b.nbytes / max(a.nbytes, 1):.1%}), packed copies "
-            f"{_bytes(a.packed)} -> {_bytes(b.packed)}, peak of a call {_bytes(a.peak)} -> {_bytes(b.peak)}",
+            f"tensors {size_text(a.nbytes)} -> {size_text(b.nbytes)} ({b.nbytes / max(a.nbytes, 1):.1%}), "
+            f"packed copies {size_text(a.packed)} -> {size_text(b.packed)}, "
+            f"peak of a call {size_text(a.peak)} -> {size_text(b.peak)}",
             f"{a.ms:.4g} ms -> {b.ms:.4g} ms on the example, {median:.2f}x (rounds from {low:.2f}x to {high:.2f}x), "
             f"{self.threads} threads",
         )
@@ -180,22 +173,12 @@ class Report:
         done = f"{len(self.compressed)} of {len(self.entries)} layers and groups changed for {self.target}"
         return "\n".join([f"{done}, {self.evaluations} evaluations", *self.lines, *self.remarks])
 
-    def _tables(self, make: Callable[..., Any]) -> list[Any]:
-        parts = (
+    def _parts(self) -> Parts:
+        return (
             ("Compressed", _COLUMNS, self.compressed),
             ("Left alone", _COLUMNS, self.left),
             ("Points tried", _POINTS, self.points),
         )
-        return [make(title, columns, rows) for title, columns, rows in parts if rows]
-
-    def __str__(self) -> str:
-        return "\n\n".join([*self._tables(plain), f"fastnn.compress: {self.summary}"])
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(*self._tables(rich_table), Text(self.summary, style="bold"))
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as `json.dumps` takes it; what is not finite as None."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,10 @@ from ..prune.shrink import scores
 from ..prune.trace import trace
 from ..quant.config import Config, recipes_of
 from ..quant.quantize import quantize_
+from ..selection import FilterFn, Patterns, left_out, matching
 from ..sparse.config import Sparsify
 from ..sparse.sparsify import sparsify_
 
-Patterns = str | Sequence[str]
-FilterFn = Callable[[Module, str], bool]
 Candidate = Config | Sparsify | Shrink
 """What may become of a layer or of a group; floating and whole it may stay in any case."""
 
@@ -97,11 +95,12 @@ def layer_units(model: Module, filter_fn: FilterFn | None, include: Patterns, ex
         if isinstance(weight, Tensor) and weight.dim() >= 2:
             found.setdefault(id(weight), []).append((name, module))
     paths = [name for tied in found.values() for name, _ in tied]
-    wanted, unwanted = (_patterns(*given, paths) for given in (("include", include), ("exclude", exclude)))
+    wanted = matching("compress", "include", include, paths)
+    unwanted = matching("compress", "exclude", exclude, paths)
     units = []
     for tied in found.values():
         names, modules = zip(*tied, strict=True)
-        reasons = [_left_out(name, module, filter_fn, wanted, unwanted) for name, module in tied]
+        reasons = [left_out(name, module, filter_fn, wanted, unwanted) for name, module in tied]
         left = [reason for reason in reasons if reason]
         if left and len(left) < len(tied):
             raise ValueError(
@@ -111,24 +110,6 @@ def layer_units(model: Module, filter_fn: FilterFn | None, include: Patterns, ex
         reason = left[0] if left else ""
         units.append(Unit(names[0], "layer", type(modules[0]).__name__, names, modules, reason=reason))
     return units
-
-
-def _patterns(argument: str, patterns: Patterns, paths: list[str]) -> tuple[str, ...]:
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for one in found:
-        if not any(fnmatchcase(path, one) for path in paths):
-            raise ValueError(f"fastnn.compress: {argument} pattern {one!r} matches no layer with a weight")
-    return found
-
-
-def _left_out(
-    name: str, module: Module, filter_fn: FilterFn | None, include: tuple[str, ...], exclude: tuple[str, ...]
-) -> str:
-    if include and not any(fnmatchcase(name, one) for one in include):
-        return "not among those included"
-    if any(fnmatchcase(name, one) for one in exclude):
-        return "excluded"
-    return "filter_fn said no" if filter_fn is not None and not filter_fn(module, name) else ""
 
 
 def group_units(model: Module, candidates: Sequence[Shrink], example_inputs: Any, calib: list[Any]) -> list[Unit]:

@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from ..accelerate.isolate import check_model, kept_random_state, plain_inputs, tensors
 from ..progress import progress as shown_progress
+from ..selection import FilterFn, Patterns
 from .judge import Judge, check_devices
 from .memo import Memo
 from .moves import Target
@@ -19,7 +20,6 @@ from .options import CANDIDATES, Options
 from .report import Report
 from .search import Search
 from .state import State
-from .units import FilterFn, Patterns
 
 
 @torch.inference_mode(False)

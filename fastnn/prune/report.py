@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..accelerate.table import Column, plain, rich_table
+from ..accelerate.table import Column, Parts, Printed
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,10 @@ _COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """Every group of units, and every layer that has none, in the model's order. Prints as a table."""
+
+    _verb = "shrink_"
 
     entries: tuple[Entry, ...]
     parameters_before: int
@@ -74,18 +75,8 @@ class Report:
         )
         return f"{text}, {_share('multiply-adds', self.macs_before, self.macs_after)}; time is for you to measure"
 
-    def _tables(self, make: Callable[..., Any]) -> list[Any]:
-        parts = (("Shrunk", self.shrunk), ("Left alone", self.skipped))
-        return [make(title, _COLUMNS, rows) for title, rows in parts if rows]
-
-    def __str__(self) -> str:
-        return "\n\n".join([*self._tables(plain), f"fastnn.shrink_: {self.summary}"])
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(*self._tables(rich_table), Text(self.summary, style="bold"))
+    def _parts(self) -> Parts:
+        return (("Shrunk", _COLUMNS, self.shrunk), ("Left alone", _COLUMNS, self.skipped))
 
 
 def _share(what: str, before: int, after: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn import Module
 
 from .. import nn
 from ..accelerate.isolate import check_model
+from ..selection import FilterFn, Patterns, left_out, matching
 from .calibration import Calibration, Outcome, Target, calibrate
 from .casts import reader_of_type
 from .config import Recipe, recipes_of
@@ -20,9 +21,6 @@ from .encoder import mind_fast_path
 from .linear import is_conv1d  # and registers its recipes
 from .measure import Times, compare, first_inputs
 from .report import Entry, Report
-
-FilterFn = Callable[[Module, str], bool]
-Patterns = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,12 @@ def quantize_(
         raise ValueError(
             f"fastnn.quantize_: {missing if asked else 'nothing in the configuration asks for calibration'}"
         )
-    _patterns("config", tuple(pattern for pattern, _ in recipes if pattern != "*"), layers)
+    paths = [layer.name for layer in layers]
+    matching("quantize_", "config", tuple(pattern for pattern, _ in recipes if pattern != "*"), paths)
     for layer in layers:
         layer.recipe = next((recipe for pattern, recipe in recipes if fnmatchcase(layer.name, pattern)), None)
-    chosen = _choose(layers, filter_fn, _patterns("include", include, layers), exclude)
+    wanted, unwanted = (matching("quantize_", *given, paths) for given in (("include", include), ("exclude", exclude)))
+    chosen = _choose(layers, filter_fn, wanted, unwanted)
     if example_inputs is not None:
         inputs = first_inputs(model, [layer.module for layer in chosen], example_inputs)
         for layer in chosen:
@@ -148,32 +148,17 @@ def _layers(model: Module) -> Iterator[_Layer]:
             yield _Layer(name, module)
 
 
-def _patterns(argument: str, patterns: Patterns, layers: list[_Layer]) -> tuple[str, ...]:
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for one in found:
-        if not any(fnmatchcase(layer.name, one) for layer in layers):
-            raise ValueError(f"fastnn.quantize_: {argument} pattern {one!r} matches no layer with a weight")
-    return found
-
-
 def _choose(
-    layers: list[_Layer], filter_fn: FilterFn | None, include: tuple[str, ...], exclude: Patterns
+    layers: list[_Layer], filter_fn: FilterFn | None, include: Sequence[str], exclude: Sequence[str]
 ) -> list[_Layer]:
     """Notes of each layer why it is left alone; the others."""
-    exclude = _patterns("exclude", exclude, layers)
     for layer in layers:
         if layer.recipe is None:
             layer.reason = "no pattern of the configuration matches, or it says None"
         else:
-            layer.reason = layer.recipe.why_not(layer.module)
-        if layer.reason:
-            continue
-        if include and not any(fnmatchcase(layer.name, one) for one in include):
-            layer.reason = "not among those included"
-        elif any(fnmatchcase(layer.name, one) for one in exclude):
-            layer.reason = "excluded"
-        elif filter_fn is not None and not filter_fn(layer.module, layer.name):
-            layer.reason = "filter_fn said no"
+            layer.reason = layer.recipe.why_not(layer.module) or left_out(
+                layer.name, layer.module, filter_fn, include, exclude
+            )
     _tie(layers, bool(include))
     return [layer for layer in layers if not layer.reason]
 
@@ -284,17 +269,17 @@ def _entries(layers: list[_Layer]) -> list[Entry]:
         times = layer.times
         found.append(
             Entry(
-                layer.name,
-                type(layer.module).__name__,
-                type(layer.made).__name__ if done else None,
-                remark,
-                before,
-                after,
-                None if layer.input is None else tuple(layer.input.shape),
-                None if times is None else times.before,
-                None if times is None else times.after,
-                layer.error,
-                layer.nearest,
+                name=layer.name,
+                was=type(layer.module).__name__,
+                became=type(layer.made).__name__ if done else None,
+                reason=remark,
+                bytes_before=before,
+                bytes_after=after,
+                input_shape=None if layer.input is None else tuple(layer.input.shape),
+                ms_before=None if times is None else times.before,
+                ms_after=None if times is None else times.after,
+                error=layer.error,
+                error_nearest=layer.nearest,
             )
         )
     return found

@@ -2,123 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from ..accelerate.table import Column, plain, rich_table
+from ..accelerate.table import Column, Parts
+from ..layer_report import BYTES, FATE, MS_AFTER, MS_BEFORE, REMARK, LayerEntry, LayerReport
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One layer: what became of it, or why nothing did."""
+@dataclass(frozen=True, kw_only=True)
+class Entry(LayerEntry):
+    """One layer: what became of it, or why nothing did. `bytes_after` is of codes and scales."""
 
-    name: str
-    """Its path in the model; empty for the model itself."""
-    was: str
-    """Its class before."""
-    became: str | None
-    """Its class now; None where it was left alone."""
-    reason: str
-    """Why it was left alone; a remark otherwise."""
-    bytes_before: int
-    """Of the weight; 0 where another entry of the report has it already (tied layers)."""
-    bytes_after: int
-    """Of codes and scales, or of the weight as it was; copies in the kernel's order are not counted."""
-    input_shape: tuple[int, ...] | None = None
-    """Of its first call on the example; None where it was not run."""
-    ms_before: float | None = None
-    """Median time of the layer as it was, on an input of that shape; None where it was not measured."""
-    ms_after: float | None = None
-    """The same of the quantised layer, of one that was left alone because it is slower, too."""
     error: float | None = None
     """Of its outputs on the calibration, norm of the difference / norm; None where GPTQ did not choose its codes."""
     error_nearest: float | None = None
     """What that would be with every weight rounded to nearest."""
-
-    @property
-    def speedup(self) -> float | None:
-        """Time before / time after."""
-        return None if self.ms_before is None or not self.ms_after else self.ms_before / self.ms_after
-
-
-def _bytes(n: int) -> str:
-    return f"{n / 2**20:.2f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB"
-
-
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.3g} %"
 
 
-def _shape(entry: Entry) -> str:
-    return "" if entry.input_shape is None else "x".join(map(str, entry.input_shape))
-
-
 _COLUMNS = (
-    Column("layer", lambda e: e.name or "(the model)", style="cyan", wraps=True),
-    Column("class", lambda e: e.was),
-    Column("became", lambda e: e.became or "", style="green"),
-    Column("before", lambda e: _bytes(e.bytes_before), "right"),
-    Column("after", lambda e: _bytes(e.bytes_after), "right"),
-    Column("input", _shape, "right"),
-    Column("ms before", lambda e: _ms(e.ms_before), "right"),
-    Column("ms after", lambda e: _ms(e.ms_after), "right"),
+    *FATE,
+    *BYTES,
+    MS_BEFORE,
+    MS_AFTER,
     Column("error, nearest", lambda e: _percent(e.error_nearest), "right"),
     Column("error", lambda e: _percent(e.error), "right"),
-    Column("remark", lambda e: e.reason, style="yellow", wraps=True),
+    REMARK,
 )
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(LayerReport[Entry]):
     """Every layer with a weight of two or more dimensions, in the model's order. Prints as a table."""
 
-    entries: tuple[Entry, ...]
-    config: str
-    """The configuration, as it was given."""
+    _verb = "quantize_"
+
     calibration: str = ""
     """How the model was run on the calibration, in words; empty where there was none."""
 
     @property
     def quantized(self) -> tuple[Entry, ...]:
         """The layers that were quantised."""
-        return tuple(entry for entry in self.entries if entry.became)
-
-    @property
-    def skipped(self) -> tuple[Entry, ...]:
-        """The layers that were left alone, each with its reason."""
-        return tuple(entry for entry in self.entries if not entry.became)
-
-    @property
-    def bytes_before(self) -> int:
-        """Of all weights listed."""
-        return sum(entry.bytes_before for entry in self.entries)
-
-    @property
-    def bytes_after(self) -> int:
-        """Of all weights listed, codes and scales now."""
-        return sum(entry.bytes_after for entry in self.entries)
+        return self.converted
 
     @property
     def summary(self) -> str:
         """One line."""
-        done = f"{len(self.quantized)} of {len(self.entries)} layers quantised"
-        text = f"{self.config}: {done}, {_bytes(self.bytes_before)} of weights became {_bytes(self.bytes_after)}"
-        return "; ".join(filter(None, [text, self.calibration]))
+        return "; ".join(filter(None, [self._summary("quantised"), self.calibration]))
 
-    def _tables(self, make: Callable[..., Any]) -> list[Any]:
-        parts = (("Quantised", self.quantized), ("Left alone", self.skipped))
-        return [make(title, _COLUMNS, rows) for title, rows in parts if rows]
-
-    def __str__(self) -> str:
-        return "\n\n".join([*self._tables(plain), f"fastnn.quantize_: {self.summary}"])
-
-    def __rich__(self) -> Any:
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(*self._tables(rich_table), Text(self.summary, style="bold"))
+    def _parts(self) -> Parts:
+        return (("Quantised", _COLUMNS, self.quantized), ("Left alone", _COLUMNS, self.skipped))

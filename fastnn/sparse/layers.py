@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,15 +17,13 @@ from ..accelerate.survey import backend_for
 from ..quant.encoder import mind_fast_path
 from ..quant.linear import is_conv1d
 from ..quant.measure import medians
+from ..selection import FilterFn, Patterns, left_out, matching
 from .breakeven import packed_dense
 from .config import Sparsify, configs_of
 from .convert import become
 from .masks import add_mask, mask_of, masked_weight, parameter_of, strip
 from .report import Entry
 from .select import in_blocks, input_energy, kept_units, of_weights, worth
-
-FilterFn = Callable[[Module, str], bool]
-Patterns = str | Sequence[str]
 
 
 @dataclass
@@ -78,7 +76,8 @@ def layers_of(model: Module, config: object) -> list[Layer]:
         if isinstance(module, nn.BlockSparseLinear) or (isinstance(weight, Tensor) and weight.dim() >= 2):
             one = next((one for pattern, one in configs if fnmatchcase(name, pattern)), None)
             found.append(Layer(name, module, one))
-    _patterns("config", tuple(pattern for pattern, _ in configs if pattern != "*"), found)
+    named = tuple(pattern for pattern, _ in configs if pattern != "*")
+    matching("sparsify_", "config", named, [layer.name for layer in found])
     weights = {id(parameter_of(layer.module)): layer for layer in found}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -87,30 +86,17 @@ def layers_of(model: Module, config: object) -> list[Layer]:
     return found
 
 
-def _patterns(argument: str, patterns: Patterns, layers: list[Layer]) -> tuple[str, ...]:
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for one in found:
-        if not any(fnmatchcase(layer.name, one) for layer in layers):
-            raise ValueError(f"fastnn.sparsify_: {argument} pattern {one!r} matches no layer with a weight")
-    return found
-
-
 def choose(layers: list[Layer], filter_fn: FilterFn | None, include: Patterns, exclude: Patterns) -> None:
     """Notes of each layer why it is left alone, where it is."""
-    include, exclude = _patterns("include", include, layers), _patterns("exclude", exclude, layers)
+    paths = [layer.name for layer in layers]
+    wanted, unwanted = (matching("sparsify_", *given, paths) for given in (("include", include), ("exclude", exclude)))
     for layer in layers:
         if layer.config is None:
             layer.reason = "no pattern of the configuration matches, or it says None"
         else:
-            layer.reason = _why_not(layer.module, layer.config)
-        if layer.reason:
-            continue
-        if include and not any(fnmatchcase(layer.name, one) for one in include):
-            layer.reason = "not among those included"
-        elif any(fnmatchcase(layer.name, one) for one in exclude):
-            layer.reason = "excluded"
-        elif filter_fn is not None and not filter_fn(layer.module, layer.name):
-            layer.reason = "filter_fn said no"
+            layer.reason = _why_not(layer.module, layer.config) or left_out(
+                layer.name, layer.module, filter_fn, wanted, unwanted
+            )
     _tie(layers, bool(include))
 
 
@@ -306,19 +292,21 @@ def entries_of(layers: Sequence[Layer]) -> tuple[Entry, ...]:
             mask, parameter = layer.module._buffers.get("weight_mask"), parameter_of(layer.module)
             after = before - (mask.nbytes if mask is not None and (done or layer.permanent) else 0)
             after += parameter.nbytes if parameter is not None and done and not layer.permanent else 0  # a mask's
-        times = layer.times or (None, None, None)
+        ms_before, ms_packed, ms_after = layer.times or (None, None, None)
         found.append(
             Entry(
-                layer.name,
-                type(layer.module).__name__,
-                layer.became if done else None,
-                layer.reason or "; ".join(layer.remarks),
-                0 if layer.kept is None else layer.kept.numel(),
-                0 if layer.kept is None else int(layer.kept.sum()),
-                before,
-                after,
-                None if layer.input is None else tuple(layer.input.shape),
-                *times,
+                name=layer.name,
+                was=type(layer.module).__name__,
+                became=layer.became if done else None,
+                reason=layer.reason or "; ".join(layer.remarks),
+                units=0 if layer.kept is None else layer.kept.numel(),
+                kept=0 if layer.kept is None else int(layer.kept.sum()),
+                bytes_before=before,
+                bytes_after=after,
+                input_shape=None if layer.input is None else tuple(layer.input.shape),
+                ms_before=ms_before,
+                ms_packed=ms_packed,
+                ms_after=ms_after,
             )
         )
     return tuple(found)

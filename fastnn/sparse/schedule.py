@@ -10,8 +10,9 @@ import torch
 from torch.nn import Module
 
 from ..accelerate.isolate import check_model
+from ..selection import FilterFn, Patterns
 from .config import Sparsify, configs_of, text_of
-from .layers import FilterFn, Layer, Patterns, choose, commit, decide, layers_of
+from .layers import Layer, choose, commit, decide, layers_of
 from .masks import add_mask, masked_weight, strip
 from .report import Report
 from .sparsify import apply

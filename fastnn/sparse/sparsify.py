@@ -10,8 +10,9 @@ from torch.nn import Module
 
 from ..accelerate.isolate import check_model
 from ..quant.measure import first_inputs
+from ..selection import FilterFn, Patterns
 from .config import text_of
-from .layers import FilterFn, Layer, Patterns, choose, commit, decide, entries_of, layers_of, measure, prepare
+from .layers import Layer, choose, commit, decide, entries_of, layers_of, measure, prepare
 from .report import Entry, Report
 
 
