@@ -207,10 +207,8 @@ class Call {
   }
 
  private:
-  // Few queries always, tiles where rows of keys are whole pairs.
   bool rounds_weights(const char* isa) const {
-    return type_ == DType::kBFloat16 && std::string(isa) == "avx512_bf16" &&
-           (s_.S_q <= 8 || s_.D % 2 == 0);
+    return type_ == DType::kBFloat16 && std::string(isa) == "avx512_bf16";
   }
   // Without outliers: gradients are differences, and the bounds below know nothing of their terms.
   static void fill(Buffer& b, int64_t n, Random& random) {

@@ -120,8 +120,8 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: masked scores take log2(e) before their difference",
         ATTENTION_SCORES,
-        "if (!scale.between) (Dot::kPerUnit == 1",
-        "if (true) (Dot::kPerUnit == 1",
+        "if (!kFusedMultiplyAdd || comes_between(p)) return scale;",
+        "if (!kFusedMultiplyAdd) return scale;",
         cell("attention-fp32-{isa}-contiguous"),
     ),
     Fault(
@@ -242,8 +242,8 @@ ATTENTION_FAULTS = [
     Fault(
         "attention: the scale is applied to pairs before and inside the exponential",
         ATTENTION_SCORES,
-        "ScoreScale{1.f, p.scale, 1.f, true}",
-        "ScoreScale{1.f, p.scale, p.scale, true}",
+        "? ScoreScale{1.f, p.scale, 1.f} :",
+        "? ScoreScale{1.f, p.scale, p.scale} :",
         cell("attention-bf16-avx512_bf16-contiguous"),
         isa="avx512_bf16",
     ),

@@ -112,7 +112,7 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
         rescale = rescale || (j0 > key_begin && any_differs(before, after));
       }
     };
-    scale.between ? weigh_all(std::true_type{}) : weigh_all(std::false_type{});
+    scale.base2 ? weigh_all(std::false_type{}) : weigh_all(std::true_type{});
     if (rescale) {
       for (int64_t d = 0; d < p.D_v; ++d) {
         for (int64_t r = 0; r < width; r += kLanes)
@@ -135,7 +135,7 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
     const Vec total = load(sum + r);
     const Vec none = total;
     store(factor + r, select(none == zero(), zero(), 1.f / total));
-    const Vec lse = fma(load(running_max + r), splat(scale.between ? 1.f : kLn2), log(total));
+    const Vec lse = fma(load(running_max + r), splat(scale.base2 ? kLn2 : 1.f), log(total));
     store(sum + r, select(none == zero(), splat(__builtin_inff()), lse));
   }
   unpack_queries(o, t.rows, p.D_v, factor,

@@ -17,20 +17,25 @@ FASTNN_INLINE Vec rough_exp(Vec x) { return exp2<true>(x * kLog2E); }
 // (cap, mask), or inside the exponential. Pairs stay exact, and -inf stays -inf.
 struct ScoreScale {
   float queries, first, inside;
-  bool between;
+  bool base2 = false;  // the exponential's
 };
+inline bool comes_between(const AttentionParams& p) {
+  return p.softcap != 0.f || p.mask_kind != MaskKind::kNone || !(p.scale > 0.f);
+}
 template <class Dot>
 FASTNN_INLINE ScoreScale score_scale(const AttentionParams& p) {
-  const bool between = p.softcap != 0.f || p.mask_kind != MaskKind::kNone || !(p.scale > 0.f);
-  if (Dot::kPerUnit == 1) return {p.scale, 1.f, 1.f, between};
-  return between ? ScoreScale{1.f, p.scale, 1.f, true} : ScoreScale{1.f, 1.f, p.scale, false};
+  if (Dot::kPerUnit == 1) return {p.scale, 1.f, 1.f};
+  return comes_between(p) ? ScoreScale{1.f, p.scale, 1.f} : ScoreScale{1.f, 1.f, p.scale};
 }
-// The same for weights of base 2, where nothing comes in between: the scale takes log2(e) along.
-// Masked scores may be as low as numbers go, and times log2(e) be -inf.
+// The same for weights of base 2, log2(e) inside the exponential: not in the queries, whose scores
+// must be backward's to the bit. Not where something comes in between: masked scores may be as low
+// as numbers go, and times log2(e) be -inf.
 template <class Dot>
 FASTNN_INLINE ScoreScale score_scale_base2(const AttentionParams& p) {
   ScoreScale scale = score_scale<Dot>(p);
-  if (!scale.between) (Dot::kPerUnit == 1 ? scale.queries : scale.inside) *= kLog2E;
+  if (!kFusedMultiplyAdd || comes_between(p)) return scale;
+  scale.inside *= kLog2E;
+  scale.base2 = true;
   return scale;
 }
 inline void scale_scores(float factor, int64_t keys, int64_t width, float* s) {
