@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import Module
 
 import fastnn
+from fastnn.compression.within import spearman
 from fastnn.demo import encoder
 from fastnn.demo.sentences import CANDIDATES, QUERIES
 
@@ -68,16 +69,6 @@ def pairs(language: str) -> tuple[list[str], list[str], Tensor]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     return [a for a, _, _ in rows], [b for _, b, _ in rows], torch.tensor([float(score) for *_, score in rows])
-
-
-def ranks(values: Tensor) -> Tensor:
-    """Each value's place in the order, ties sharing the mean of theirs."""
-    _, place, count = torch.unique(values.double(), return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count - 1) / 2)[place]
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack((ranks(a), ranks(b))))[0, 1])
 
 
 def embed(model: encoder.Encoder, sentences: list[str]) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import fastnn
+from fastnn.compression.within import spearman
 from fastnn.demo import encoder
 
 HEADS, WIDTH = 2, 0.3
@@ -34,23 +35,11 @@ def pairs() -> tuple[list[str], list[str], torch.Tensor]:
     return [r[0] for r in rows], [r[1] for r in rows], torch.tensor([float(r[2]) for r in rows])
 
 
-def ranks(values: torch.Tensor) -> torch.Tensor:
-    """From 0, ties sharing their mean."""
-    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-    ends = count.cumsum(0).double()
-    return (ends - (count + 1) / 2)[place]
-
-
-def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Correlation of the ranks, times 100."""
-    return 100 * torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
-
-
 def judged(model: encoder.Encoder, data: tuple[list[str], list[str], torch.Tensor]) -> float:
-    """Spearman of the pairs that were not trained on."""
+    """Spearman, times 100, of the pairs that were not trained on."""
     model.model.eval()
     first, second, scores = (part[TRAINED_PAIRS:] for part in data)
-    return spearman((model.embed(first, 64) * model.embed(second, 64)).sum(1), scores)
+    return 100 * spearman((model.embed(first, 64) * model.embed(second, 64)).sum(1), scores)
 
 
 def distil(student: encoder.Encoder, teacher: nn.Module, sentences: list[str], epochs: int, rate: float) -> list[float]:
