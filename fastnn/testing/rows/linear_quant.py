@@ -125,10 +125,23 @@ def _torch_int4(inputs: Inputs, threads: int) -> Callable[[], Results]:
     return lambda: (torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, steps).add_(bias),)
 
 
+def _ggml_int4(inputs: Inputs, threads: int) -> Callable[[], Results]:
+    """ggml's Q4_0, repacked for this machine; inputs get a scale for each block of 32, the result its own memory."""
+    from ...bench.ggml import Q4Layer  # needs llama-cpp-python
+
+    x = inputs["input"]
+    if x.dtype is not torch.float32:
+        raise ValueError(f"ggml takes float32 inputs, not {x.dtype}")
+    codes, scale, _ = quantize_groups(inputs["weight"], GROUP)
+    columns = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    layer = Q4Layer(columns, scale, inputs["bias"], x.shape[0], threads)
+    return lambda: (layer(x),)
+
+
 _SPECIAL: dict[str, dict[str, Any]] = {
     "linear_int8": {"torch.ao": _torch_int8},  # of float32 inputs alone: it says so
     "linear_int4": {"torch.ao": _torch_int4},
-    "linear_int4_int8": {},
+    "linear_int4_int8": {"llama.cpp": _ggml_int4},
 }
 
 
