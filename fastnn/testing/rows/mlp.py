@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ... import nn
 from ...ops.mlp import mlp, mlp_reference, swiglu_mlp
@@ -87,6 +88,16 @@ def _torch_call(kind: str, inputs: Inputs) -> Tensor:
     return mlp_reference(x, first, None, rest[0], rest[1], None, _ACTIVATION[kind])
 
 
+def _torch_recompute(kind: str, inputs: Inputs) -> Tensor:
+    """torch's way to keep nothing between forward and backward."""
+
+    def block(*operands: Tensor) -> Tensor:
+        return _torch_call(kind, dict(zip(_NAMES[kind], operands, strict=True)))
+
+    found: Tensor = checkpoint(block, *(inputs[name] for name in _NAMES[kind]), use_reentrant=False)
+    return found
+
+
 def _our_call(kind: str, recompute: bool, inputs: Inputs) -> Tensor:
     operands: list[Any] = [inputs[name] for name in _NAMES[kind]]
     function: Callable[..., Tensor] = mlp if kind == "mlp" else swiglu_mlp
@@ -118,7 +129,7 @@ def _prepare_packed(kind: str, inputs: Inputs) -> Callable[[], Results]:
     return lambda: (layer(inputs["input"]),)
 
 
-def _work(kind: str, shape: Shape, dtype: str, direction: Direction) -> Work:
+def _work(kind: str, shape: Shape, dtype: str, direction: Direction, recompute: bool) -> Work:
     m, features, hidden = shape
     size, unit = DTYPES[dtype].itemsize, "bf16" if dtype == "bf16" else "fp32"
     products = 2 if kind == "mlp" else 3
@@ -126,27 +137,31 @@ def _work(kind: str, shape: Shape, dtype: str, direction: Direction) -> Work:
     tokens, operations = m * features, 2 * products * m * features * hidden
     if direction == "fwd":
         return Work((tokens + weights) * size, tokens * size, operations, unit)
-    # Backward reads input, weights and the result's gradient again, and writes a gradient of each operand.
-    return Work((2 * (tokens + weights) + tokens) * size, (2 * tokens + weights) * size, 3 * operations, unit)
+    # Backward reads input, weights and the result's gradient again, and writes a gradient of each operand; where the
+    # middle is not kept, all products but the last run once more.
+    again = 2 * (products - 1) * m * features * hidden if recompute else 0
+    read, written = 2 * (tokens + weights) + tokens, 2 * tokens + weights
+    return Work(read * size, written * size, 3 * operations + again, unit)
 
 
-def _case(kind: str, shape: Shape, dtype: str, direction: Direction, sweep: bool = False) -> BenchCase:
+def _case(
+    kind: str, shape: Shape, dtype: str, direction: Direction, sweep: bool = False, recompute: bool = False
+) -> BenchCase:
+    """`recompute` is a row of its own: it buys memory with time, and competes with torch's way to do so."""
     backward = direction == "fb"
     kernel, bar = "mlp_bwd" if backward else "mlp_fwd", Bar() if sweep else Bar(1.0)
-    ours = [Ours("", partial(_prepare, kind, direction, False), kernel, bar)]
-    if backward:
-        ours.append(Ours("recompute", partial(_prepare, kind, direction, True), kernel))
-    else:
+    ours = [Ours("", partial(_prepare, kind, direction, recompute), kernel, bar)]
+    if not backward:
         ours.append(Ours("packed", partial(_prepare_packed, kind), "mlp_packed_fwd", bar, frozen=True))
     return BenchCase(
         family="mlp",
-        name=f"{kind}_{direction}",
+        name=f"{kind}_{direction}" + ("+recompute" if recompute else ""),
         direction=direction,
         shape=shape,
         dtype=dtype,
-        work=_work(kind, shape, dtype, direction),
+        work=_work(kind, shape, dtype, direction, recompute),
         make=partial(_make, kind, shape, direction),
-        torch_call=partial(_torch_call, kind),
+        torch_call=partial(_torch_recompute if recompute else _torch_call, kind),
         ours=tuple(ours),
         wanted=_NAMES[kind] if backward else (),
         constants=_NAMES[kind][1:],
@@ -205,6 +220,7 @@ def _cases() -> Iterator[BenchCase]:
             yield _case(kind, shape, dtype, "fwd")
             if shape[0] > 1:
                 yield _case(kind, shape, dtype, "fb")
+                yield _case(kind, shape, dtype, "fb", recompute=True)
     for sizes in _QKV:
         for dtype in ("fp32", "bf16"):
             yield _qkv(sizes, dtype)
