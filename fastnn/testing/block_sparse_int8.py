@@ -136,7 +136,6 @@ def _wide_cases() -> Iterator[Case]:
     for m in (2, 3, 6, 8, 12, 19, 24, 130):
         yield _case(f"wide_m{m}", "tail", _Shape((m,), 70, 50, (4, 8, 16)[m % 3]), wide=True)
     yield _case("wide_long", "tail", _Shape((3,), 4101, 50, 16, 0.9), "relu", wide=True)
-    yield _case("wide_parts", "tail", _Shape((530,), 17000, 35, 4, 0.01), wide=True)  # rows that come in two parts
     yield _case("wide_columns", "tail", _Shape((20,), 65, 1001, 4, 0.2), wide=True, call=_call_layer)
 
 
