@@ -25,7 +25,7 @@ SPARSE_FAULTS = [
         "block sparse: a strip's sums start again where they are cut",
         KERNEL,
         "store(at, accumulate ? sum + load(at) : sum);",
-        "store(at, sum);",
+        "store(at, accumulate && ldt < 0 ? sum + load(at) : sum);",
         swept("wide_long16"),
     ),
     Fault(
