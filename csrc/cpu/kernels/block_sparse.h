@@ -122,15 +122,6 @@ FASTNN_INLINE Vec sparse_values(const T* p, int v) {
   }
 }
 
-// In assembler: from the intrinsic the compiler makes copies of the sums, and stores of 24 rows'.
-FASTNN_INLINE void add_code_quads(Vec& sum, Vec x, Vec codes) {
-#if defined(__AVX512VNNI__)
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(codes));
-#else
-  sum = DotInt8::dot(sum, x, codes);
-#endif
-}
-
 template <class Dot>
 FASTNN_INLINE void add_product(Vec& sum, Vec values, const char* x) {
   if constexpr (Dot::kPerUnit == 2) {
