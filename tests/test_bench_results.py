@@ -18,6 +18,7 @@ from fastnn.testing.bench_cases import find_bench_case
 
 ROOT = Path(__file__).resolve().parent.parent
 SOFTMAX = find_bench_case("softmax_fwd/fp32 (49152, 512)")  # bars: 1.1, over tuned 1.35, held by onnxruntime
+SPARSE = find_bench_case("block_sparse_80/fp32 (16, 768, 3072)")  # bar: 4 over sparse products
 LINEAR = find_bench_case("linear+none/fp32 (128, 768, 3072)")  # bar: 1.03 of packed weights, held by openvino
 
 
@@ -94,6 +95,20 @@ def test_a_bar_whose_holder_was_not_measured_is_marked():
     (row,) = rows_of(case_of(SOFTMAX, fastnn=record(8), eager=record(60)))
     assert row.verdict is Verdict.REACHED and row.holder == "onnxruntime"
     assert "bar reached (without onnxruntime)" in markdown(result(case_of(SOFTMAX, fastnn=record(8), eager=record(60))))
+
+
+@pytest.mark.parametrize(
+    ("dense", "csr", "verdict"),
+    [(2, 4.5, Verdict.REACHED), (2, 3.5, Verdict.NEAR), (2, 3, Verdict.MISSED), (0.9, 4.5, Verdict.BEHIND)],
+)
+def test_a_bar_counts_against_those_it_names_and_the_floor_against_all(dense, csr, verdict):
+    case = case_of(
+        SPARSE, fastnn=record(1), eager=record(dense), **{"torch.csr": record(csr), "torch.bsr": record(csr + 1)}
+    )
+    (row,) = rows_of(case)
+    assert row.verdict is verdict and row.plain.name == "eager"
+    assert (row.plain.bar_name, round(row.plain.bar_ratio.value, 2)) == ("torch.csr", csr)
+    assert f"bar 4.00 torch.csr {csr:.2f}" in markdown(result(case))
 
 
 def test_elsewhere_no_bars_are_judged():

@@ -169,6 +169,13 @@ class TorchBsr(Special):
 
 
 @register
+class PackedDense(Special):
+    """Our own dense layer, packed, in rows that ask whether leaving weights out pays."""
+
+    name, native, frozen = "packed dense", True, True
+
+
+@register
 class Scipy(Special):
     """scipy's sparse product with compressed rows; on one thread, whatever is allowed."""
 

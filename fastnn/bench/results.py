@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..testing.bench_cases import BenchCase
+from ..testing.bench_cases import Bar, BenchCase
 from .allocators import PLAIN, TUNED
 from .contenders import OURS
 from .files import write_atomically
@@ -38,6 +38,16 @@ class Best:
     ours: Summary
     ratio: Ratio
     bar: float | None
+    bar_name: str
+    """The contender that the bar counts against: the best of those that it names."""
+    bar_ratio: Ratio
+
+    @property
+    def comparisons(self) -> list[Comparison]:
+        """With the best of all, which ours must not be behind, and with the one that the bar counts against."""
+        if self.bar_name == self.name:
+            return [(self.ratio, self.bar)]
+        return [(self.ratio, None), (self.bar_ratio, self.bar)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Row:
     @property
     def comparisons(self) -> list[Comparison]:
         """What the verdict follows from."""
-        return [(best.ratio, best.bar) for best in (self.plain, self.tuned) if best is not None]
+        return [one for best in (self.plain, self.tuned) if best is not None for one in best.comparisons]
 
     @property
     def unsettled(self) -> bool:
@@ -168,7 +178,10 @@ def case_to_json(case: BenchCase, bound: Bound | None, measured: Measured) -> di
         "constants": bool(case.constants),
         "work": asdict(case.work),
         "bound": None if bound is None else asdict(bound),
-        "ours": [{"label": way.label, "frozen": way.frozen, "bar": asdict(way.bar)} for way in case.ours],
+        "ours": [
+            {"label": way.label, "frozen": way.frozen, "bar": asdict(way.bar) | {"against": list(way.bar.against)}}
+            for way in case.ours
+        ],
         "entrants": entrants,
         "refused": measured.refused,
         "wrong": measured.wrong,
@@ -187,13 +200,13 @@ def rows_of(case: dict[str, Any], bars: bool = True) -> Iterator[Row]:
 
 def _row(case: dict[str, Any], way: dict[str, Any], bars: bool) -> Row:
     name = f"{OURS} {way['label']}".strip()
-    bar: dict[str, Any] = way["bar"] if bars else {"plain": None, "tuned": None, "holder": ""}
-    best = {setting: _best(case, way, name, setting, bar[setting]) for setting in (PLAIN, TUNED)}
+    bar: dict[str, Any] = way["bar"] if bars else asdict(Bar())
+    best = {setting: _best(case, way, name, setting, bar) for setting in (PLAIN, TUNED)}
     mine = case["entrants"].get(name, {})
     ours = _summary(mine)
     problem = "" if ours else case["wrong"].get(name) or case["refused"].get(name) or "not measured"
     plain, tuned = best[PLAIN], best[TUNED]
-    comparisons = [(one.ratio, one.bar) for one in (plain, tuned) if one is not None]
+    comparisons = [comparison for one in (plain, tuned) if one is not None for comparison in one.comparisons]
     verdict = Verdict.WRONG if name in case["wrong"] else judge(comparisons) if comparisons and ours else None
     held = not bars or not bar["holder"] or bar["holder"] in case["entrants"]
     seconds = ours.median if ours else None
@@ -234,16 +247,22 @@ def _rivals(case: dict[str, Any], way: dict[str, Any], setting: str) -> dict[str
     }
 
 
-def _best(case: dict[str, Any], way: dict[str, Any], name: str, setting: str, bar: float | None) -> Best | None:
-    rivals = _rivals(case, way, setting)
+def _best(case: dict[str, Any], way: dict[str, Any], name: str, setting: str, bar: dict[str, Any]) -> Best | None:
+    rivals = {
+        label.removesuffix(f", {setting}"): rival["times"] for label, rival in _rivals(case, way, setting).items()
+    }
     mine = case["entrants"].get(_label(name, setting), {}).get("times", [])
     if not rivals or not mine:
         return None
-    label = min(rivals, key=lambda one: statistics.median(rivals[one]["times"]))
-    theirs = rivals[label]["times"]
-    to_seconds = [[time * 1e-6 for time in times] for times in (theirs, mine)]
-    short = label.removesuffix(f", {setting}")
-    return Best(short, summary(to_seconds[0]), summary(to_seconds[1]), ratio_of(theirs, mine), bar)
+
+    def best_of(names: Iterable[str]) -> str:
+        return min(names, key=lambda one: statistics.median(rivals[one]))
+
+    label = best_of(rivals)
+    held = best_of([one for one in rivals if one in bar.get("against", ())] or rivals)
+    to_seconds = [[time * 1e-6 for time in times] for times in (rivals[label], mine)]
+    ratios = [ratio_of(rivals[one], mine) for one in (label, held)]
+    return Best(label, summary(to_seconds[0]), summary(to_seconds[1]), ratios[0], bar[setting], held, ratios[1])
 
 
 def _others(case: dict[str, Any], way: dict[str, Any], best: Best | None) -> tuple[tuple[str, float], ...]:
@@ -272,6 +291,8 @@ def row_to_json(row: Row) -> dict[str, Any]:
             "ours": times(found.ours),
             "ratio": asdict(found.ratio),
             "bar": found.bar,
+            "bar_against": found.bar_name,
+            "bar_ratio": asdict(found.bar_ratio),
         }
 
     return {

@@ -33,7 +33,10 @@ def _share(row: Row) -> str:
 
 
 def _bar(best: Best | None) -> str:
-    return "" if best is None or best.bar is None else f"{best.bar:.2f}"
+    if best is None or best.bar is None:
+        return ""
+    against = "" if best.bar_name == best.name else f" {best.bar_name} {best.bar_ratio.value:.2f}"
+    return f"{best.bar:.2f}{against}"
 
 
 def _verdict(row: Row) -> str:
@@ -162,8 +165,7 @@ def markdown(result: Result) -> str:
         plain, tuned = row.plain, row.tuned
         best = f"{plain.name} {_time(plain.times)}" if plain else ""
         ratios = [
-            f"{ratio_text(one.ratio)}{f', bar {one.bar:.2f}' if one.bar else ''}" if one else ""
-            for one in (plain, tuned)
+            f"{ratio_text(one.ratio)}{f', bar {_bar(one)}' if one.bar else ''}" if one else "" for one in (plain, tuned)
         ]
         if tuned:
             ratios[1] = f"{tuned.name} {ratios[1]}"

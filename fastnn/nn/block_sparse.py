@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.block_sparse import (
     DEPTHS,
     OUTPUTS,
-    block_sparse_linear,
+    block_sparse_linear_of_layer,
     check_blocks,
     dense_of_blocks,
     strips_of,
@@ -147,14 +147,8 @@ class BlockSparseLinear(torch.nn.Module):
                 f"fastnn.nn.BlockSparseLinear: input's last dimension must be in_features = {self.in_features}, "
                 f"got shape {tuple(input.shape)}"
             )
-        return block_sparse_linear(
-            input,
-            self.values,
-            self.columns,
-            self.starts,
-            self.bias,
-            out_features=self.out_features,
-            activation=self.activation,
+        return block_sparse_linear_of_layer(
+            input, self.values, self.columns, self.starts, self.bias, self.out_features, self.activation
         )
 
     def dense(self) -> Tensor:

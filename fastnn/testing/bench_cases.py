@@ -62,6 +62,9 @@ class Bar:
     """The same against contenders with the tuned allocator, ours running on it as well."""
     holder: str = ""
     """The contender that was best when the bar was set: without it the bar says little."""
+    against: tuple[str, ...] = ()
+    """The contenders that it counts against (alternatives of the same kind); empty means all of them. No row may be
+    behind any contender, whatever this says."""
 
 
 @dataclass(frozen=True)

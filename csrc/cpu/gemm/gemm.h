@@ -164,7 +164,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           if (last) prefetch_output(p, m0 + r0, r1 - r0, n0, columns);
           run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,
                          {b, strip_floats, kStrip}, t, done ? p.c_stride : ldt, u0 > 0, &ahead,
-                         tile_scales(p, m0 + r0, n0, last));
+                         tile_scales(p, m0 + r0, n0, last), p.M == 1);
           if (last && !done) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
         }
         u0 = u1;
