@@ -13,7 +13,7 @@ from fastnn import _extension, testing
 from fastnn.ops import activation as activations
 from fastnn.ops import quantize_groups
 from fastnn.ops.linear import ACTIVATION_CODE, ACTIVATIONS
-from fastnn.sparse import to_blocks
+from fastnn.sparse import to_blocks, to_int8_blocks
 from fastnn.testing import assert_within_budget, cases, op_names, policy, same_bits
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -33,6 +33,8 @@ RAW = (
     "dropout_add_fwd",
     "linear_block_sparse_bwd",
     "linear_block_sparse_fwd",
+    "linear_block_sparse_int8_fwd",
+    "linear_block_sparse_int8_pack",
     "linear_bwd",
     "linear_cross_entropy_bwd",
     "linear_cross_entropy_fwd",
@@ -95,6 +97,7 @@ def samples(dtype=torch.float32):
     yield from int8_samples(x, deep, strided, b)
     yield from groupwise_samples(x, deep, strided, b)
     yield from block_sparse_samples(x, deep, strided, g, pre, b)
+    yield from block_sparse_int8_samples(x, deep, strided, b)
     yield from cross_entropy_samples(x, strided)
     yield from attention_samples(dtype)
     yield from sequence_samples(dtype)
@@ -147,6 +150,17 @@ def block_sparse_samples(x, deep, strided, grad, pre, bias):
         apart = grad.t().contiguous().t()
         yield "linear_block_sparse_bwd", (apart, x, *parts, pre, activation, [5, 12], [False, True, False])
         yield "linear_block_sparse_bwd", (grad, None, *parts, pre, activation, [5, 12], [True, False, True])
+
+
+def block_sparse_int8_samples(x, deep, strided, bias):
+    codes, columns, starts, scale = to_int8_blocks(tensor(7, 12, seed=1), torch.tensor([[True, False, True]]))
+    with torch.no_grad():
+        packed = torch.ops.fastnn.linear_block_sparse_int8_pack(codes, starts, scale)
+    # opcheck compares sums of codes as float32: zeros cannot be NaN
+    yield "linear_block_sparse_int8_pack", (codes * 0, starts, scale * 0)
+    for values in (x, deep, strided):
+        yield "linear_block_sparse_int8_fwd", (values, codes, columns, starts, packed, bias, 7, 2)
+    yield "linear_block_sparse_int8_fwd", (strided[:2], codes, columns, starts, packed, None, 7, 1)
 
 
 def cross_entropy_samples(x, strided):

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import fastnn
 from fastnn import GradualSparsifier, Sparsify
-from fastnn.nn import BlockSparseLinear
+from fastnn.nn import BlockSparseLinear, Int8BlockSparseLinear
 from fastnn.quant.container import FormatError
 from fastnn.sparse import breakeven, layers
 from fastnn.testing import same_bits
@@ -350,6 +350,64 @@ def test_torchs_encoder_layer_runs(extension):
     with torch.inference_mode():
         assert not torch.equal(encoder(x), expected)
     assert sum(isinstance(m, BlockSparseLinear) for m in encoder.modules()) == 4
+
+
+def test_blocks_of_codes(net, tmp_path):
+    """The blocks that floating values would have kept, rounded; files, and back to floating weights."""
+    tied = nn.Linear(16, 36)
+    tied.weight = net.body[0].weight
+    net.add_module("tied", tied)
+    floats, x = copy.deepcopy(net), randn(3, 16)
+    fastnn.sparsify_(floats, Sparsify(0.7), include=["body.*", "tied"])
+    original = copy.deepcopy(net)
+    report = fastnn.sparsify_(
+        net, Sparsify(0.7, values="int8"), include=["body.*", "tied"], example_inputs=IDS, max_slowdown=1e9
+    )
+    first = net.body[0]
+    assert isinstance(first, Int8BlockSparseLinear) and first.bias is not None
+    assert same_bits(first.weight, Int8BlockSparseLinear.from_float(floats.body[0]).weight)
+    assert first.weight is net.tied.weight and first.columns is net.tied.columns
+    found = entry(report, "body.0")
+    assert (found.became, found.kept) == ("Int8BlockSparseLinear", first.blocks) and found.speedup is not None
+    assert found.bytes_after == first.blocks * (64 + 4) + 4 * len(first.starts) + 4 * 36
+    assert entry(report, "tied").bytes_after == 0 and "not run by the example" in entry(report, "tied").reason
+    again = fastnn.sparsify_(net, Sparsify(0.9), include="body.0")
+    assert entry(again, "body.0").reason == "is block-sparse already"
+    fastnn.save(net, tmp_path / "codes")
+    for model in (original, copy.deepcopy(net)):
+        fastnn.load(tmp_path / "codes", model)
+        assert isinstance(model.body[0], Int8BlockSparseLinear) and model.body[0].weight is model.tied.weight
+        assert same_bits(model.body(x), net.body(x)) and same_bits(model.tied(x), net.tied(x))
+        assert all(same_bits(a, b) for a, b in zip(model.state_dict().values(), net.state_dict().values(), strict=True))
+    expected = first.dequantized()
+    assert set(fastnn.dequantize_(net)) == {"body.0", "body.2", "tied"}
+    assert isinstance(net.body[0], nn.Linear) and same_bits(net.body[0].weight.detach(), expected)
+
+
+def test_blocks_of_codes_that_cannot_be(extension, monkeypatch):
+    for wrong in ({"depth": 2}, {"unit": "weight"}):
+        with pytest.raises(ValueError, match='values="int8" needs unit="block" and a depth of 4, 8, 16'):
+            Sparsify(values="int8", **wrong)
+    with pytest.raises(ValueError, match="values must be one of"):
+        Sparsify(values="int4")
+    deep = nn.Linear(131073, 1)
+    assert "may not fit 32 bits" in fastnn.sparsify_(deep, Sparsify(0.9, values="int8")).entries[0].reason
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wo = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.wo(x.to(self.wo.weight.dtype))
+
+    model = Reader()
+    (found,) = fastnn.sparsify_(model, Sparsify(0.5, values="int8")).entries
+    assert found.became is None and "reads its weight's type" in found.reason and type(model.wo) is nn.Linear
+    monkeypatch.setattr("fastnn.sparse.layers.medians", lambda calls, x: (1.0, 0.5, 1.5))
+    layer = nn.Linear(16, 16)
+    (slow,) = fastnn.sparsify_(layer, Sparsify(0.5, values="int8"), example_inputs=randn(2, 16)).entries
+    assert slow.became is None and "would take 1.50 times as long" in slow.reason and type(layer) is nn.Linear
 
 
 def test_files_keep_blocks(net, tmp_path):

@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/gemm/params.h"
+#include "cpu/int8_rows.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/parameters.h"
@@ -49,6 +50,52 @@ int64_t cut(const Int* running, int64_t n, int64_t part, int64_t parts) {
   return low;
 }
 
+// g's rows and columns of c = epilogue(x (M x K) w^T).
+void run_blocks(const GemmParams& g, const Matrix& x, int64_t K, const BlockSparseWeight& w,
+                const KernelTable& table) {
+  const Shape shape = shape_of(w, g.N, K);
+  const int64_t most = table.sparse_tile_rows(g.M);
+  const int64_t tiles = (g.M + most - 1) / most;
+  const int64_t units = shape.columns * table.sparse_units(w.depth, w.dtype, w.units);
+  const int64_t tile_floats = most * units + kLine;
+  const int64_t at_once = std::clamp<int64_t>(kPanelBytes / (tile_floats * 4), 1, tiles);
+  const Scratch memory(at_once * tile_floats * 4);
+  auto* const panels = static_cast<float*>(memory.get());
+  const auto row_of = [&](int64_t tile) { return g.M * tile / tiles; };
+  const int64_t chunks = std::max<int64_t>(1, (K + kPackColumns - 1) / kPackColumns);
+  for (int64_t t0 = 0; t0 < tiles; t0 += at_once) {
+    const int64_t count = std::min(at_once, tiles - t0);
+    parallel_for(count * chunks, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t tile = task / chunks, chunk = task % chunks;
+        const int64_t m0 = row_of(t0 + tile), m1 = row_of(t0 + tile + 1);
+        table.sparse_pack(x, K, w.depth, m0, m1, table.sparse_tile_rows(m1 - m0),
+                          shape.columns * chunk / chunks, shape.columns * (chunk + 1) / chunks,
+                          w.units, panels + tile * tile_floats);
+      }
+    });
+    const int64_t threads = parts_wanted(shape, w, row_of(t0 + count) - row_of(t0));
+    const int64_t parts = std::min((threads + count - 1) / count, shape.strips);
+    parallel_for(count * parts, threads == 1 ? count * parts : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t tile = task / parts, part = task % parts;
+        table.sparse_fwd(g, w, panels + tile * tile_floats, row_of(t0 + tile),
+                         row_of(t0 + tile + 1), cut(w.starts, shape.strips, part, parts),
+                         cut(w.starts, shape.strips, part + 1, parts));
+      }
+    });
+  }
+}
+
+// What goes with the codes of a weight: N, rounded up to strips, offsets and as many scales.
+struct Packed {
+  int64_t columns;
+  explicit Packed(int64_t N) : columns(round_up(N, kStrip)) {}
+  int64_t bytes() const { return 2 * columns * 4; }
+  const int32_t* offset(const void* p) const { return static_cast<const int32_t*>(p); }
+  const float* scale(const void* p) const { return static_cast<const float*>(p) + columns; }
+};
+
 }  // namespace
 
 void block_sparse_fwd(const BlockSparseParams& p) {
@@ -68,38 +115,7 @@ void block_sparse_fwd(const BlockSparseParams& p) {
   g.epilogue.pre = p.pre;
   g.epilogue.pre_stride = p.N;
   g.epilogue.activation = p.activation;
-  const Shape shape = shape_of(p.w, p.N, p.K);
-  const int64_t most = table.sparse_tile_rows(p.M);
-  const int64_t tiles = (p.M + most - 1) / most;
-  const int64_t units = shape.columns * table.sparse_units(p.w.depth, p.w.dtype);
-  const int64_t tile_floats = most * units + kLine;
-  const int64_t at_once = std::clamp<int64_t>(kPanelBytes / (tile_floats * 4), 1, tiles);
-  const Scratch memory(at_once * tile_floats * 4);
-  auto* const panels = static_cast<float*>(memory.get());
-  const auto row_of = [&](int64_t tile) { return p.M * tile / tiles; };
-  const int64_t chunks = std::max<int64_t>(1, (p.K + kPackColumns - 1) / kPackColumns);
-  for (int64_t t0 = 0; t0 < tiles; t0 += at_once) {
-    const int64_t count = std::min(at_once, tiles - t0);
-    parallel_for(count * chunks, 4, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t tile = task / chunks, chunk = task % chunks;
-        const int64_t m0 = row_of(t0 + tile), m1 = row_of(t0 + tile + 1);
-        table.sparse_pack(p.x, p.K, p.w.depth, m0, m1, table.sparse_tile_rows(m1 - m0),
-                          shape.columns * chunk / chunks, shape.columns * (chunk + 1) / chunks,
-                          false, panels + tile * tile_floats);
-      }
-    });
-    const int64_t threads = parts_wanted(shape, p.w, row_of(t0 + count) - row_of(t0));
-    const int64_t parts = std::min((threads + count - 1) / count, shape.strips);
-    parallel_for(count * parts, threads == 1 ? count * parts : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t tile = task / parts, part = task % parts;
-        table.sparse_fwd(g, p.w, panels + tile * tile_floats, row_of(t0 + tile),
-                         row_of(t0 + tile + 1), cut(p.w.starts, shape.strips, part, parts),
-                         cut(p.w.starts, shape.strips, part + 1, parts));
-      }
-    });
-  }
+  run_blocks(g, p.x, p.K, p.w, table);
 }
 
 void block_sparse_bwd(const BlockSparseBwdParams& p) {
@@ -176,7 +192,8 @@ void block_sparse_bwd(const BlockSparseBwdParams& p) {
         const Matrix& x = l.x;
         table.sparse_pack(x, l.K, p.w.depth, m0, std::min(l.M, m0 + kSparseDwRows), kSparseDwRows,
                           shape.columns * chunk / chunks, shape.columns * (chunk + 1) / chunks,
-                          true, static_cast<float*>(panels.get()) + tile * g.panel_floats);
+                          SparseUnits::kWidened,
+                          static_cast<float*>(panels.get()) + tile * g.panel_floats);
       }
     });
     parallel_for(threads, 1, [&](int64_t begin, int64_t end) {
@@ -188,6 +205,59 @@ void block_sparse_bwd(const BlockSparseBwdParams& p) {
       }
     });
   }
+}
+
+void block_sparse_int8_fwd(const BlockSparseInt8Params& p) {
+  const KernelTable& table = kernels();
+  record_run("linear_block_sparse_int8_fwd", table.isa);
+  if (p.M == 0 || p.N == 0) return;
+  const bool biased = p.bias != nullptr;
+  const Parameter bias(table, p.bias, p.bias_stride, p.bias_dtype, biased ? p.N : 0,
+                       biased ? round_up(p.N, kStrip) : 0, 0.f);
+  const int64_t whole = shape_of(p.w, p.N, p.K).columns * p.w.depth;
+  const Int8Rows rounded(p.x, p.M, p.K, whole);
+  const Packed layout(p.N);
+  rounded.each_part(table, [&](int64_t m0, int64_t rows, const Matrix& codes, const float* scale) {
+    GemmParams g = {};
+    g.M = rows;
+    g.N = p.N;
+    g.c = static_cast<char*>(p.y) + m0 * p.N * element_bytes(p.x.dtype);
+    g.c_stride = p.N;
+    g.c_dtype = p.x.dtype;
+    g.is_int8 = true;
+    g.int8 = {scale, layout.scale(p.packed), layout.offset(p.packed)};
+    g.epilogue.bias = biased ? bias.get() : nullptr;
+    g.epilogue.activation = p.activation;
+    run_blocks(g, codes, whole, p.w, table);
+  });
+}
+
+int64_t block_sparse_int8_packed_bytes(int64_t N) { return Packed(N).bytes(); }
+
+void block_sparse_int8_pack(const BlockSparseWeight& w, const float* scale, int64_t scale_stride,
+                            int64_t N, void* packed) {
+  record_run("linear_block_sparse_int8_pack", kernels().isa);
+  const Packed layout(N);
+  auto* const offset = const_cast<int32_t*>(layout.offset(packed));
+  auto* const scales = const_cast<float*>(layout.scale(packed));
+  constexpr int64_t kUnit = 4;  // codes of an output next to each other
+  parallel_for(layout.columns / kStrip, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      int32_t sums[kStrip] = {};
+      const int64_t units = (w.starts[s + 1] - w.starts[s]) * (w.depth / kUnit);
+      const auto* code = static_cast<const int8_t*>(w.values) + w.starts[s] * w.depth * kStrip;
+      for (int64_t u = 0; u < units; ++u) {
+        for (int64_t n = 0; n < kStrip; ++n) {
+          for (int64_t k = 0; k < kUnit; ++k) sums[n] += *code++;
+        }
+      }
+      // Wraps where the sum of the shifted codes does: only the difference of the two matters.
+      for (int64_t n = 0; n < kStrip; ++n) {
+        offset[s * kStrip + n] = (int32_t)((uint32_t)sums[n] * 128u);
+      }
+    }
+  });
+  for (int64_t n = 0; n < layout.columns; ++n) scales[n] = n < N ? scale[n * scale_stride] : 0.f;
 }
 
 }  // namespace fastnn

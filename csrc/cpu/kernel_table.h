@@ -34,6 +34,7 @@ struct SoftmaxParams;
 struct SparseGradients;
 struct StreamParams;
 enum class PeakKind : int32_t;
+enum class SparseUnits : int32_t;
 
 struct ActivationKernels {
   // The block; bias as neighbouring float32, or null. Its columns' sums of dx are added to db,
@@ -70,14 +71,14 @@ struct AttentionKernels {
 };
 
 struct BlockSparseKernels {
-  // Rows of a tile of the input at most, and what so many are padded to; bytes of its units.
+  // Rows of a tile of the input at most, and what so many are padded to; units of a block.
   int64_t (*sparse_tile_rows)(int64_t rows);
-  int64_t (*sparse_units)(int64_t depth, DType dtype);
-  // Rows [begin, end) of x, columns of blocks [c0, c1), as units of `tile_rows` rows each; all
-  // float32 where `widened`.
+  int64_t (*sparse_units)(int64_t depth, DType dtype, SparseUnits units);
+  // Rows [begin, end) of x, columns of blocks [c0, c1), as units of `tile_rows` rows each.
   void (*sparse_pack)(const Matrix& x, int64_t K, int64_t depth, int64_t begin, int64_t end,
-                      int64_t tile_rows, int64_t c0, int64_t c1, bool widened, float* out);
-  // Rows [begin, end) of a packed tile times strips [s0, s1): those rows and columns of p.c.
+                      int64_t tile_rows, int64_t c0, int64_t c1, SparseUnits units, float* out);
+  // Rows [begin, end) of a packed tile times strips [s0, s1): those rows and columns of p.c. Of
+  // codes, the rows' scales are readable up to 4 more.
   void (*sparse_fwd)(const GemmParams& p, const BlockSparseWeight& w, const float* panel,
                      int64_t begin, int64_t end, int64_t s0, int64_t s1);
   // Rows [begin, end) and columns of blocks [c0, c1) of dx; blocks [b0, b1) of the gradient of the

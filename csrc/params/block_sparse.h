@@ -4,16 +4,22 @@
 
 namespace fastnn {
 
+// What goes into 4 bytes along K of the operands: elements of their type, one or two as the
+// instruction set multiplies them; one element, made float32; four codes.
+enum class SparseUnits : int32_t { kTyped, kWidened, kCodes };
+
 // The blocks that are kept of a weight (N x K): 16 outputs times `depth` neighbouring columns each,
 // stored as depth rows of 16 values, one for each output. Those of strip s (outputs [16 s, 16 s +
 // 16)) are [starts[s], starts[s + 1]), by rising columns: block b begins at column columns[b] *
-// depth. What lies beyond N or K counts as zero.
+// depth. What lies beyond N or K counts as zero. Of codes, signed bytes, a block is depth / 4 units
+// of 16 times 4 neighbouring columns.
 struct BlockSparseWeight {
   const void* values;
   const int32_t* columns;
   const int32_t* starts;
-  int64_t depth;  // 2, 4, 8 or 16
-  DType dtype;
+  int64_t depth;  // 2, 4, 8 or 16; of codes not 2
+  DType dtype;    // of typed values
+  SparseUnits units;
 };
 
 // y (M x N) = activation(x (M x K) w^T (K x N) + bias). All of one type; y and pre contiguous.
@@ -26,6 +32,20 @@ struct BlockSparseParams {
   Activation activation;
   void* y;
   void* pre;  // where the pre-activation goes that backward needs, or null
+};
+
+// The same with codes for a weight: times a scale for each output; each row of x is rounded to
+// codes times a scale of its own. y of x's type.
+struct BlockSparseInt8Params {
+  int64_t M, N, K;
+  Matrix x;
+  BlockSparseWeight w;
+  const void* packed;  // what goes with the codes (cpu/block_sparse.h)
+  const void* bias;    // N elements, or null
+  int64_t bias_stride;
+  DType bias_dtype;
+  Activation activation;
+  void* y;
 };
 
 // As of linear, w aside; dw are the gradients of the values.

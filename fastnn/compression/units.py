@@ -80,6 +80,8 @@ Choices = Mapping[str, tuple[Unit, Option]]
 def label(config: object) -> str:
     """A candidate in a few words."""
     name = type(config).__name__
+    if isinstance(config, Sparsify) and config.values != "float":
+        return f"{name}({config.amount}, {config.values})"
     return f"{name}({config.amount})" if isinstance(config, (Sparsify, Shrink)) else name
 
 

@@ -3,6 +3,7 @@
 from .activation import GELU, Hardswish, ReLU, Sigmoid, SiLU, Tanh
 from .attention import MultiheadAttention
 from .block_sparse import BlockSparseLinear
+from .block_sparse_int8 import Int8BlockSparseLinear
 from .embedding import GroupwiseEmbedding, Int4Embedding, Int8Embedding
 from .linear import Linear
 from .linear_groupwise import GroupwiseLinear, Int4Linear, Int8WeightOnlyLinear
@@ -24,6 +25,7 @@ __all__ = [
     "Hardswish",
     "Int4Embedding",
     "Int4Linear",
+    "Int8BlockSparseLinear",
     "Int8Embedding",
     "Int8Linear",
     "Int8WeightOnlyLinear",

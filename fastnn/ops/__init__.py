@@ -5,6 +5,7 @@ from .attention import scaled_dot_product_attention
 from .attention_cache import attention_with_kv_cache
 from .attention_varlen import attention_varlen
 from .block_sparse import block_sparse_linear
+from .block_sparse_int8 import block_sparse_linear_int8
 from .cross_entropy import cross_entropy
 from .dropout_add import dropout_add
 from .embedding import embedding_groupwise
@@ -27,6 +28,7 @@ __all__ = [
     "attention_varlen",
     "attention_with_kv_cache",
     "block_sparse_linear",
+    "block_sparse_linear_int8",
     "cross_entropy",
     "dequantize_groups",
     "dropout_add",

@@ -75,7 +75,7 @@ def strips_of(out_features: int) -> int:
     return (out_features + OUTPUTS - 1) // OUTPUTS
 
 
-def values_empty(shape: tuple[int, int, int], dtype: torch.dtype | None, device: Any) -> Tensor:
+def values_empty(shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> Tensor:
     """Memory for values: on huge pages on the CPU, which few rows are read 1.5 times as fast from."""
     found = torch.empty(shape, dtype=dtype, device=device)
     if _extension._C is None or found.device.type != "cpu" or found.numel() == 0 or _dispatch.transformed():
@@ -188,25 +188,30 @@ def _run(
 
 def check_blocks(op: str, values: Tensor, columns: Tensor, starts: Tensor, out_features: int, in_features: int) -> None:
     """TypeError, ValueError or IndexError, in the name of `op`, unless these are the blocks of such a weight."""
-    if type(out_features) is not int or out_features < 0:
-        raise ValueError(f"{op}: out_features must be an int that is not negative, got {out_features!r}")
     if values.dim() != 3 or values.shape[1] not in DEPTHS or values.shape[2] != OUTPUTS:
         known = ", ".join(map(str, DEPTHS))
         raise ValueError(
             f"{op}: values must have shape (blocks, depth, {OUTPUTS}), depth one of {known}; got {tuple(values.shape)}"
         )
-    wanted = {"columns": values.shape[0], "starts": strips_of(out_features) + 1}
+    check_places(op, values.shape[0], columns, starts, out_features)
+
+
+def check_places(op: str, blocks: int, columns: Tensor, starts: Tensor, out_features: int) -> None:
+    """TypeError or ValueError, in the name of `op`, unless these are the places of so many blocks."""
+    if type(out_features) is not int or out_features < 0:
+        raise ValueError(f"{op}: out_features must be an int that is not negative, got {out_features!r}")
+    wanted = {"columns": blocks, "starts": strips_of(out_features) + 1}
     for name, tensor in (("columns", columns), ("starts", starts)):
         if tensor.dtype != torch.int32:
             raise TypeError(f"{op}: {name} must be int32, got {tensor.dtype}")
         if tuple(tensor.shape) != (wanted[name],):
             raise ValueError(
-                f"{op}: {name} of {values.shape[0]} blocks and out_features = {out_features} must have shape "
+                f"{op}: {name} of {blocks} blocks and out_features = {out_features} must have shape "
                 f"({wanted[name]},), got {tuple(tensor.shape)}"
             )
 
 
-def _check_order(op: str, columns: Tensor, starts: Tensor, limit: int) -> None:
+def check_order(op: str, columns: Tensor, starts: Tensor, limit: int) -> None:
     """What the kernel checks of the indices, for where it does not run."""
     if torch.compiler.is_compiling() or columns.device.type == "meta" or _dispatch.transformed():
         return
@@ -298,7 +303,7 @@ def block_sparse_linear(
     _check(input, values, columns, starts, bias, out_features, activation)
     if _dispatch.pick(OP, input) == "reference":
         note_reference("linear_block_sparse_fwd")
-        _check_order("fastnn.block_sparse_linear", columns, starts, -(-input.shape[-1] // values.shape[1]))
+        check_order("fastnn.block_sparse_linear", columns, starts, -(-input.shape[-1] // values.shape[1]))
         return block_sparse_linear_reference(input, values, columns, starts, bias, out_features, activation)
     columns, starts = columns.contiguous(), starts.contiguous()
     if torch.is_grad_enabled() and (

@@ -151,10 +151,11 @@ def _check(input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, act
         raise ValueError(
             f"{op}: input's last dimension must be in_features = {codes.shape[1]}, got shape {tuple(input.shape)}"
         )
-    _check_vectors(op, input, codes.shape[0], scale, bias)
+    check_vectors(op, input, codes.shape[0], scale, bias)
 
 
-def _check_vectors(op: str, input: Tensor, out_features: int, scale: Tensor, bias: Tensor | None) -> None:
+def check_vectors(op: str, input: Tensor, out_features: int, scale: Tensor, bias: Tensor | None) -> None:
+    """TypeError, ValueError or NotImplementedError, in the name of `op`, unless scale and bias fit."""
     if not scale.dtype.is_floating_point or (scale.dtype != torch.float32 and input.dtype != torch.float64):
         raise TypeError(f"{op}: scale must be float32, got {scale.dtype}")
     if scale.requires_grad and torch.is_grad_enabled():
@@ -197,8 +198,8 @@ def linear_int8(
     return linear_int8_maybe_packed(input, codes, scale, bias, activation, None)
 
 
-def _is_plain(input: Tensor, codes: Tensor, bias: Tensor | None) -> bool:
-    """Whether a layer's call needs nothing but the kernel.
+def is_plain(op: str, input: Tensor, bias: Tensor | None) -> bool:
+    """Whether a layer's call needs nothing but the kernel of `op`, where the input has the layer's features.
 
     One row through a layer takes as long as its codes take from memory, and so does Python's own code after they went
     through the caches: without the checks that packing has made already a call takes 12 us in place of 16.
@@ -208,8 +209,7 @@ def _is_plain(input: Tensor, codes: Tensor, bias: Tensor | None) -> bool:
         and isinstance(input, Tensor)
         and input.layout is torch.strided
         and input.dim() > 0
-        and input.shape[-1] == codes.shape[1]
-        and _dispatch.pick("linear_int8", input) == "cpu"
+        and _dispatch.pick(op, input) == "cpu"
         and (bias is None or bias.is_cpu)
         and not autocast.active(input)
     )
@@ -219,7 +219,8 @@ def linear_int8_maybe_packed(
     input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None, packed: Tensor | None
 ) -> Tensor:
     """`linear_int8`, reading the weight from `packed` (`fastnn.ops.packing`) where there is one."""
-    if packed is not None and activation in ACTIVATION_CODE and _is_plain(input, codes, bias):
+    plain = packed is not None and activation in ACTIVATION_CODE and is_plain("linear_int8", input, bias)
+    if packed is not None and plain and input.shape[-1] == codes.shape[1]:
         # The kernel checks the bias's type and shape, packing has checked codes and scale.
         result: Tensor = _fwd(input, packed, bias, codes.shape[0], ACTIVATION_CODE[activation], True)
         return result

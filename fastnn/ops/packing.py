@@ -78,6 +78,12 @@ class PackedCodes(PackedWeight):
             return None
         return self._copy_of((codes, scale), "linear_int8_pack")
 
+    def get_blocks(self, codes: Tensor, starts: Tensor, scale: Tensor) -> Tensor | None:
+        """What the kernel needs beside blocks of codes, which it reads in place; None where no kernel reads it."""
+        if torch.compiler.is_compiling() or _dispatch.transformed():
+            return None
+        return self._copy_of((codes, starts, scale), "linear_block_sparse_int8_pack")
+
     def get_groups(
         self, codes: Tensor, scale: Tensor, offset: Tensor | None, in_features: int, group_size: int
     ) -> Tensor | None:

@@ -27,6 +27,12 @@ def _attributes(forward: Callable[..., Any] | None) -> tuple[str | None, ...]:
     )
 
 
+def why_no_codes(model: Module, path: str, made: nn.QuantizedModule) -> str:
+    """Why a layer cannot become `made`, as a report says it: what reads its weight's type; empty where nothing does."""
+    kind = reader_of_type(model, path, made)
+    return kind and f"{kind} reads its weight's type, to convert its input to it: no codes of such a type"
+
+
 def reader_of_type(model: Module, path: str, made: nn.QuantizedModule) -> str:
     """The class of the module around a layer whose forward reads the type of the layer's weight; empty where none does.
 

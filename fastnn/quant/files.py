@@ -141,10 +141,12 @@ def _held(made: Made) -> list[str]:
 
 def _memory(own: str, stored: Tensor, weight: Tensor) -> Tensor:
     """For one of a layer's tensors, on the device of the weight that it had."""
-    if own != "values":
-        return torch.empty_like(stored, device=weight.device)
-    blocks, depth, outputs = stored.shape
-    return torch.nn.Parameter(values_empty((blocks, depth, outputs), weight.dtype, weight.device), weight.requires_grad)
+    if own == "values":
+        values = values_empty(tuple(stored.shape), weight.dtype, weight.device)
+        return torch.nn.Parameter(values, weight.requires_grad)
+    if own == "weight" and stored.dim() == 4:  # blocks of codes, which are read in place, too
+        return values_empty(tuple(stored.shape), stored.dtype, weight.device)
+    return torch.empty_like(stored, device=weight.device)
 
 
 def _fitting(
@@ -198,6 +200,7 @@ _KINDS: dict[str, type[Made]] = {
     kind.__name__: kind
     for kind in (
         nn.BlockSparseLinear,
+        nn.Int8BlockSparseLinear,
         nn.Int4Embedding,
         nn.Int4Linear,
         nn.Int8Embedding,

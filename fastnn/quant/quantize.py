@@ -15,7 +15,7 @@ from .. import nn
 from ..accelerate.isolate import check_model
 from ..selection import FilterFn, Patterns, left_out, matching
 from .calibration import Calibration, Outcome, Target, calibrate
-from .casts import reader_of_type
+from .casts import why_no_codes
 from .config import Recipe, recipes_of
 from .encoder import mind_fast_path
 from .linear import is_conv1d  # and registers its recipes
@@ -196,9 +196,9 @@ def _prepare(layer: _Layer) -> None:
 def _mind_readers(model: Module, chosen: list[_Layer]) -> None:
     """Leaves layers alone whose input would be converted to the type of their codes, tied ones all or none."""
     for layer in chosen:
-        kind = reader_of_type(model, layer.name, layer.made) if isinstance(layer.made, nn.QuantizedModule) else ""
-        for one in layer.tied if kind else ():
-            one.reason = f"{kind} reads its weight's type, to convert its input to it: no codes of such a type"
+        reason = why_no_codes(model, layer.name, layer.made) if isinstance(layer.made, nn.QuantizedModule) else ""
+        for one in layer.tied if reason else ():
+            one.reason = reason
 
 
 def _calibrate(model: Module, chosen: list[_Layer], calibration: Any, config: str) -> Outcome:

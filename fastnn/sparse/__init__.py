@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .form import Blocks, block_grid, to_blocks, to_dense
+from .form import Blocks, Int8Blocks, block_grid, to_blocks, to_dense, to_int8_blocks
 
 if TYPE_CHECKING:
     from .breakeven import Advice, Point, advise
@@ -20,6 +20,7 @@ __all__ = [
     "Blocks",
     "Entry",
     "GradualSparsifier",
+    "Int8Blocks",
     "Point",
     "Report",
     "Sparsify",
@@ -29,6 +30,7 @@ __all__ = [
     "strip_",
     "to_blocks",
     "to_dense",
+    "to_int8_blocks",
 ]
 
 _LATER = {

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from ..ops.block_sparse import DEPTHS
+from ..ops.block_sparse_int8 import CODE_DEPTHS
 
 Unit = Literal["block", "weight"]
 Importance = Literal["magnitude", "wanda"]
 Scope = Literal["layer", "output", "global"]
+Values = Literal["float", "int8"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,12 @@ class Sparsify:
     of 16 outputs, as Wanda does it; or those of all layers."""
     depth: int = 4
     """Columns of a block: 2, 4, 8 or 16."""
+    values: Values = "float"
+    """What blocks hold: values of the layer's type, which train on, or int8 codes with a scale for each output
+    (`fastnn.nn.Int8BlockSparseLinear`), which do not; those round the inputs, too, and need a depth of 4, 8 or 16."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("unit", Unit), ("importance", Importance), ("scope", Scope)):
+        for name, allowed in (("unit", Unit), ("importance", Importance), ("scope", Scope), ("values", Values)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(
                     f"fastnn.Sparsify: {name} must be one of {get_args(allowed)}, got {getattr(self, name)!r}"
@@ -45,6 +50,11 @@ class Sparsify:
         if type(self.depth) is not int or self.depth not in DEPTHS:
             known = ", ".join(map(str, DEPTHS))
             raise ValueError(f"fastnn.Sparsify: depth must be one of {known}; got {self.depth!r}")
+        if self.values == "int8" and (self.unit != "block" or self.depth not in CODE_DEPTHS):
+            raise ValueError(
+                f'fastnn.Sparsify: values="int8" needs unit="block" and a depth of {", ".join(map(str, CODE_DEPTHS))}; '
+                f"got {self.unit!r} and {self.depth}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Name and fields, for a file's header."""

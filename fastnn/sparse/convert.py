@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch.nn import Module
 
-from ..nn import BlockSparseLinear
+from ..nn import BlockSparseLinear, Int8BlockSparseLinear
 from .masks import drop_mask, hook_of
 
 
-def become(module: Module, made: BlockSparseLinear) -> None:
+def become(module: Module, made: BlockSparseLinear | Int8BlockSparseLinear) -> None:
     """Gives `module` the class, parameters, buffers and attributes of `made`; its hooks and name stay."""
     if hook_of(module) is not None:
         drop_mask(module)

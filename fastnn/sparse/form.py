@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..ops.block_sparse import DEPTHS, OUTPUTS, blocks_of_dense, check_blocks, dense_of_blocks, strips_of, values_empty
+from ..ops.block_sparse_int8 import CODE_DEPTHS, UNIT, check_codes, codes_of_values, dense_codes
+from ..ops.linear_int8 import dequantize_weight, quantize_rows
 
-__all__ = ["Blocks", "block_grid", "to_blocks", "to_dense"]
+__all__ = ["Blocks", "Int8Blocks", "block_grid", "to_blocks", "to_dense", "to_int8_blocks"]
 
 
 class Blocks(NamedTuple):
@@ -18,6 +20,15 @@ class Blocks(NamedTuple):
     values: Tensor
     columns: Tensor
     starts: Tensor
+
+
+class Int8Blocks(NamedTuple):
+    """A block-sparse weight of int8 codes, as `fastnn.block_sparse_linear_int8` takes it."""
+
+    codes: Tensor
+    columns: Tensor
+    starts: Tensor
+    scale: Tensor
 
 
 def _check_dense(op: str, weight: Tensor, depth: int) -> None:
@@ -75,11 +86,68 @@ def to_blocks(weight: Tensor, mask: Tensor | None = None, *, depth: int = 4) -> 
     return Blocks(values.copy_(blocks_of_dense(weight, columns, starts, depth)), columns, starts)
 
 
-def to_dense(values: Tensor, columns: Tensor, starts: Tensor, out_features: int, in_features: int) -> Tensor:
+def codes_of_blocks(blocks: Blocks, out_features: int, in_features: int) -> Int8Blocks:
+    """The same blocks, rounded to codes: each output by the largest magnitude that is kept of it.
+
+    Raises:
+        ValueError: blocks that are no whole units of codes, values that are not finite.
+    """
+    op, depth = "fastnn.sparse.to_int8_blocks", blocks.values.shape[1]
+    if depth not in CODE_DEPTHS:
+        known = ", ".join(map(str, CODE_DEPTHS))
+        raise ValueError(f"{op}: depth must be one of {known}, whole units of {UNIT} codes; got {depth}")
+    values, columns, starts = blocks
+    codes, scale = quantize_rows(dense_of_blocks(values.detach(), columns, starts, out_features, in_features))
+    if bool(scale.isnan().any()):
+        raise ValueError(f"{op}: weight has NaN or infinite values in blocks that are kept")
+    found = codes_of_values(blocks_of_dense(codes, columns, starts, depth))
+    kept = values_empty(tuple(found.shape), torch.int8, codes.device)
+    return Int8Blocks(kept.copy_(found), columns, starts, scale)
+
+
+def to_int8_blocks(weight: Tensor, mask: Tensor | None = None, *, depth: int = 4) -> Int8Blocks:
+    """The blocks of a dense weight that are kept, rounded to int8 codes with a scale for each output.
+
+    An output's scale is the largest magnitude that is kept of it / 127 (`fastnn.ops.quantize_rows`).
+
+    Args:
+        weight, mask: as `to_blocks` takes them.
+        depth: columns of a block: 4, 8 or 16, whole units of 4 codes.
+
+    Returns:
+        codes int8 (blocks, depth / 4, 16, 4), columns int32 (blocks,), starts int32 (strips + 1,), scale float32
+        (out_features,).
+
+    Raises:
+        TypeError, ValueError: a weight, a mask or a depth that does not fit; NaN or infinities in what is kept.
+    """
+    return codes_of_blocks(to_blocks(weight, mask, depth=depth), *weight.shape)
+
+
+def to_dense(
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    out_features: int,
+    in_features: int,
+    *,
+    scale: Tensor | None = None,
+) -> Tensor:
     """The weight (out_features, in_features) that blocks stand for, zero where there is none; differentiable.
+
+    Args:
+        values, columns, starts: as `to_blocks` gives them; or codes in place of values.
+        out_features, in_features: the weight's sizes.
+        scale: float32 (out_features,), of codes: the weight is float32 then.
 
     Raises:
         TypeError, ValueError: shapes or types that are not those of such a weight's blocks.
     """
+    if scale is not None:
+        op = "fastnn.sparse.to_dense"
+        check_codes(op, values, columns, starts, out_features)
+        if tuple(scale.shape) != (out_features,):
+            raise ValueError(f"{op}: scale must have shape ({out_features},), got {tuple(scale.shape)}")
+        return dequantize_weight(dense_codes(values, columns, starts, out_features, in_features), scale, scale.dtype)
     check_blocks("fastnn.sparse.to_dense", values, columns, starts, out_features, in_features)
     return dense_of_blocks(values, columns, starts, out_features, in_features)

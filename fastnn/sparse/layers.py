@@ -14,6 +14,10 @@ from torch.nn.utils import parametrize
 
 from .. import nn
 from ..accelerate.survey import backend_for
+from ..ops.block_sparse import OP
+from ..ops.block_sparse_int8 import OP as CODES_OP
+from ..ops.linear_int8 import MAX_FEATURES
+from ..quant.casts import why_no_codes
 from ..quant.encoder import mind_fast_path
 from ..quant.linear import is_conv1d
 from ..quant.measure import medians
@@ -24,6 +28,8 @@ from .convert import become
 from .masks import add_mask, mask_of, masked_weight, parameter_of, strip
 from .report import Entry
 from .select import in_blocks, input_energy, kept_units, of_weights, worth
+
+Made = nn.BlockSparseLinear | nn.Int8BlockSparseLinear
 
 
 @dataclass
@@ -40,7 +46,7 @@ class Layer:
     remarks: list[str] = field(default_factory=list)
     kept: Tensor | None = None
     """Which of its units stay; None where they were not looked at."""
-    made: nn.BlockSparseLinear | None = None
+    made: Made | None = None
     became: str = ""
     permanent: bool = False
     """Whether single weights become plain zeros, without a mask."""
@@ -102,7 +108,7 @@ def choose(layers: list[Layer], filter_fn: FilterFn | None, include: Patterns, e
 
 def _why_not(module: Module, config: Sparsify) -> str:
     kind = type(module).__name__
-    if isinstance(module, nn.BlockSparseLinear):
+    if isinstance(module, Made):
         return "is block-sparse already"
     if isinstance(module, nn.QuantizedModule):
         return "is quantised: make it sparse first"
@@ -120,9 +126,14 @@ def _why_not(module: Module, config: Sparsify) -> str:
     if parameter.is_meta or parameter.numel() == 0 or not parameter.dtype.is_floating_point:
         return f"its weight is {parameter.dtype} of shape {tuple(parameter.shape)} on {parameter.device}"
     if config.unit == "block":
-        _, reason = backend_for("linear_block_sparse", parameter.device, parameter.dtype)
+        op = OP if config.values == "float" else CODES_OP
+        _, reason = backend_for(op, parameter.device, parameter.dtype)
         if reason:
             return reason
+    if config.values == "int8":
+        features = parameter.shape[0 if is_conv1d(module) else 1]
+        if features > MAX_FEATURES:
+            return f"sums of {features} products of codes may not fit 32 bits"
     return "" if bool(parameter.isfinite().all()) else "its weight has NaN or infinite values"
 
 
@@ -226,36 +237,49 @@ def prepare(layers: Sequence[Layer]) -> None:
             if not layer.permanent and getattr(layer.module, "packed", None) is not None:
                 layer.remarks.append("packed anew at each call until fastnn.strip_")
             continue
-        layer.made, layer.became = _block_sparse(layer, layer.kept), nn.BlockSparseLinear.__name__
+        layer.made = _block_sparse(layer, layer.kept)
+        layer.became = type(layer.made).__name__
         if layer.input is None:
             layer.remarks.append("not run by the example" if run else "speed not measured: no example_inputs")
 
 
 @torch.no_grad()
-def _block_sparse(layer: Layer, kept: Tensor) -> nn.BlockSparseLinear:
+def _block_sparse(layer: Layer, kept: Tensor) -> Made:
     module, alive, depth = layer.module, layer.alive(), layer.wanted.depth
     weight, bias = layer.turned(masked_weight(module)), module.bias
     if bias is not None and not isinstance(bias, Parameter):
         raise TypeError(f"fastnn.sparsify_: bias of {type(module).__name__} must be a Parameter")
     activation = module.activation if isinstance(module, nn.Linear) else None
-    made = nn.BlockSparseLinear.from_dense(weight, bias, kept, depth=depth, activation=activation)
+    kind = nn.BlockSparseLinear if layer.wanted.values == "float" else nn.Int8BlockSparseLinear
+    made: Made = kind.from_dense(weight, bias, kept, depth=depth, activation=activation)
     first, parameter = layer.tied[0].made, parameter_of(module)
     if first is not None:
-        made.values, made.columns, made.starts = first.values, first.columns, first.starts
-    elif parameter is not None:
+        for name in ("values", "weight", "weight_scale", "columns", "starts"):
+            if hasattr(first, name):
+                setattr(made, name, getattr(first, name))
+    elif parameter is not None and isinstance(made, nn.BlockSparseLinear):
         made.values.requires_grad_(parameter.requires_grad)
     if alive is not None:
         inside = int((in_blocks(~alive, depth) & kept[:, None, :, None]).sum())
         if inside:
-            layer.remarks.append(f"{inside} weights that a mask had taken are zeros of blocks that stay, and may train")
+            then = ", and may train" if isinstance(made, nn.BlockSparseLinear) else ""
+            layer.remarks.append(f"{inside} weights that a mask had taken are zeros of blocks that stay{then}")
     return made.train(module.training)
+
+
+def mind_readers(model: Module, layers: Sequence[Layer]) -> None:
+    """Leaves layers alone whose input would be converted to the type of their codes, tied ones all or none."""
+    for layer in layers:
+        if isinstance(layer.made, nn.QuantizedModule) and (reason := why_no_codes(model, layer.name, layer.made)):
+            for one in layer.tied:
+                one.reason = reason
 
 
 def measure(layers: Sequence[Layer], max_slowdown: float) -> None:
     """Times each kind of block-sparse layer once; those that would be slower are left alone, tied ones all or none."""
     known: dict[tuple[Any, ...], tuple[float, ...]] = {}
     for layer in layers:
-        if layer.made is None or layer.input is None:
+        if layer.made is None or layer.input is None or layer.reason:
             continue
         key = _signature(layer, layer.made, layer.input)
         if key not in known:
@@ -274,10 +298,11 @@ def measure(layers: Sequence[Layer], max_slowdown: float) -> None:
             layer.remarks.append("fastnn's packed dense layer is faster")
 
 
-def _signature(layer: Layer, made: nn.BlockSparseLinear, input: Tensor) -> tuple[Any, ...]:
+def _signature(layer: Layer, made: Made, input: Tensor) -> tuple[Any, ...]:
     packed = getattr(layer.module, "packed", None) is not None
     form = type(layer.module), packed, made.in_features, made.out_features, made.blocks, made.depth, made.activation
-    return (*form, made.bias is None, made.values.dtype, input.shape, input.dtype, input.stride())
+    weight = masked_weight(layer.module).dtype
+    return (*form, type(made), made.bias is None, weight, input.shape, input.dtype, input.stride())
 
 
 def entries_of(layers: Sequence[Layer]) -> tuple[Entry, ...]:

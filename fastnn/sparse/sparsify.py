@@ -12,7 +12,7 @@ from ..accelerate.isolate import check_model
 from ..quant.measure import first_inputs
 from ..selection import FilterFn, Patterns
 from .config import text_of
-from .layers import Layer, choose, commit, decide, entries_of, layers_of, measure, prepare
+from .layers import Layer, choose, commit, decide, entries_of, layers_of, measure, mind_readers, prepare
 from .report import Entry, Report
 
 
@@ -31,10 +31,11 @@ def sparsify_(
     """Takes blocks, or single weights, out of the model's dense layers in place, and says of each what became of it.
 
     Layers that lose blocks become `fastnn.nn.BlockSparseLinear`: the same objects with their hooks and their bias,
-    whose class changes and whose weight becomes `values`, `columns` and `starts`; they train, the pattern staying.
-    Sparsify before an optimizer takes the parameters. Layers that lose single weights get a mask in the form of
-    `torch.nn.utils.prune`; it makes them neither faster nor smaller, also after `fastnn.strip_`. What masks of
-    torch's have taken already stays taken, and counts. Layers that share a weight share what becomes of it.
+    whose class changes and whose weight becomes `values`, `columns` and `starts`; they train, the pattern staying. With
+    `values="int8"` they become `fastnn.nn.Int8BlockSparseLinear`, whose codes do not train. Sparsify before an
+    optimizer takes the parameters. Layers that lose single weights get a mask in the form of `torch.nn.utils.prune`; it
+    makes them neither faster nor smaller, also after `fastnn.strip_`. What masks of torch's have taken already stays
+    taken, and counts. Layers that share a weight share what becomes of it.
 
     Args:
         model: any module; it may be a layer itself.
@@ -85,6 +86,7 @@ def apply(model: Module, layers: Sequence[Layer], example_inputs: Any, max_slowd
         for layer in chosen:
             layer.input = inputs.get(layer.module)
     prepare(layers)
+    mind_readers(model, layers)
     measure(layers, max_slowdown)
     entries = entries_of(layers)
     commit(model, layers)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fault import Fault, cell
 
-KERNEL, DRIVER, BINDING = (
+KERNEL, BACKWARD, DRIVER, BINDING = (
     "csrc/cpu/kernels/block_sparse.h",
+    "csrc/cpu/kernels/block_sparse_bwd.h",
     "csrc/cpu/block_sparse.cpp",
     "csrc/bindings/block_sparse.cpp",
 )
@@ -16,39 +17,41 @@ def swept(name: str) -> tuple[str, ...]:
     return (f"tests/test_ops_sweep.py::test_sweep_everywhere[linear-block_sparse_{name}-{{isa}}]",)
 
 
+CODES_OP, INT8 = "fastnn/ops/block_sparse_int8.py", "tests/test_block_sparse_int8.py"
+INT8_BITS = (f"{INT8}::test_same_bits_as_plain_pytorch[torch.float32-{{isa}}]",)
 PLAIN, DEEP, LAYER = (cell(f"linear-fp32-{{isa}}-{name}") for name in ("contiguous", "large_magnitude", "one_row"))
 SPARSE_FAULTS = [
     Fault(
         "block sparse: a strip's sums start again where they are cut",
         KERNEL,
-        "accumulate ? sum + load(at) : sum",
-        "sum",
+        "store(at, accumulate ? sum + load(at) : sum);",
+        "store(at, accumulate && ldt < 0 ? sum + load(at) : sum);",
         swept("wide_long16"),
     ),
     Fault(
         "block sparse: every block reads the first columns of the input",
         KERNEL,
-        "const char* x = g.panel + *column++ * block_bytes;",
-        "const char* x = g.panel + *column++ * 0;",
+        "const char* x = g.panel + *column++ * block_bytes;\n        int64_t u = 0;",
+        "const char* x = g.panel + *column++ * 0;\n        int64_t u = 0;",
         PLAIN,
     ),
     Fault(
         "block sparse: dx forgets the strips beyond the first 192",
-        KERNEL,
+        BACKWARD,
         "total += sum_each(sums);",
         "total = sum_each(sums);",
         swept("wide_tall"),
     ),
     Fault(
         "block sparse: the gradient of the values forgets rows before the last 64",
-        KERNEL,
+        BACKWARD,
         "store(at, load(at) + sums[i][v]);",
         "store(at, sums[i][v]);",
         swept("wide_m130"),
     ),
     Fault(
         "block sparse: the second half of a deep block takes the gradient of the first",
-        KERNEL,
+        BACKWARD,
         "(p.w.columns[block] * depth + piece * J) * kSparseDwRows",
         "(p.w.columns[block] * depth + piece * 0) * kSparseDwRows",
         DEEP,
@@ -87,5 +90,90 @@ SPARSE_FAULTS = [
         ".permute(0, 2, 3, 1)\n",
         ".permute(0, 2, 1, 3).reshape(strips, width, depth, OUTPUTS)\n",
         (f"{TESTS}::test_where_a_value_lies",),
+    ),
+    Fault(
+        "block sparse int8: the shift of the inputs' codes is not taken back",
+        KERNEL,
+        "(IVec)((UVec)sum - (UVec)offset)",
+        "(IVec)(UVec)sum",
+        INT8_BITS,
+    ),
+    Fault(
+        "block sparse int8: sums of a row's chains are left out but for the first",
+        KERNEL,
+        "sum = Dot::add(sum, sums[c][i][v]);",
+        "sum = Dot::kExact ? sum : Dot::add(sum, sums[c][i][v]);",
+        INT8_BITS,
+    ),
+    Fault(
+        "block sparse int8: the last blocks of a strip are nobody's",
+        KERNEL,
+        "b < blocks; b += kChains",
+        "b + kChains <= blocks; b += kChains",
+        INT8_BITS,
+    ),
+    Fault(
+        "block sparse int8: every strip has the scales of the first",
+        KERNEL,
+        "p.int8.column + n, bias",
+        "p.int8.column, bias",
+        INT8_BITS,
+    ),
+    Fault(
+        "block sparse int8: scales are multiplied one after the other",
+        KERNEL,
+        "value * (splat(g.scales.row[i]) * scale) + bias",
+        "value * splat(g.scales.row[i]) * scale + bias",
+        INT8_BITS,
+    ),
+    Fault(
+        "block sparse int8: a single row's codes past the first 1024 are the first ones again",
+        KERNEL,
+        "data + u0 * Dot::kPerUnit,",
+        "data + 0 * Dot::kPerUnit,",
+        INT8_BITS,
+    ),
+    Fault(
+        "block sparse int8: what lies beyond a row is not made codes of zero",
+        "csrc/cpu/int8_rows.h",
+        "codes_ + m * stride_ + columns_, kShift)",
+        "codes_ + m * stride_ + columns_, uint8_t{0})",
+        (f"{INT8}::test_what_lies_beyond_the_weight_counts_as_zero[{{isa}}]",),
+    ),
+    Fault(
+        "block sparse int8: rows beyond the first part are the first ones again",
+        "csrc/cpu/int8_rows.h",
+        "m0 * x_.row_stride * element_bytes",
+        "0 * x_.row_stride * element_bytes",
+        (f"{INT8}::test_rows_that_come_in_parts",),
+    ),
+    Fault(
+        "block sparse int8: sums of codes are those of the strip before",
+        DRIVER,
+        "static_cast<const int8_t*>(w.values) + w.starts[s] * w.depth * kStrip",
+        "static_cast<const int8_t*>(w.values) + w.starts[s > 0 ? s - 1 : 0] * w.depth * kStrip",
+        INT8_BITS,
+    ),
+    Fault(
+        "block sparse int8: columns out of range are read",
+        BINDING,
+        "set_places(p.w, columns, starts, codes.size(0), p.N, p.K, op);",
+        "set_places(p.w, columns, starts, codes.size(0), p.N, p.K + 64, op);",
+        ("tests/test_ops_invalid.py::test_invalid_call[linear-block_sparse_int8_fwd_far]",),
+    ),
+    Fault(
+        "block sparse int8: codes lie as values do",
+        CODES_OP,
+        "values.reshape(blocks, depth // UNIT, UNIT, OUTPUTS).transpose(2, 3)",
+        "values.reshape(blocks, depth // UNIT, OUTPUTS, UNIT)",
+        (f"{INT8}::test_where_a_code_lies",),
+    ),
+    Fault(
+        "block sparse int8: the scale is that of the whole weight, blocks that are gone too",
+        "fastnn/sparse/form.py",
+        "return codes_of_blocks(to_blocks(weight, mask, depth=depth), *weight.shape)",
+        "found = codes_of_blocks(to_blocks(weight, mask, depth=depth), *weight.shape)\n"
+        "    return found._replace(scale=quantize_rows(weight)[1])",
+        (f"{INT8}::test_form_is_that_of_the_rounded_weight[4]",),
     ),
 ]

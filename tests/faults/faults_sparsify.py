@@ -86,8 +86,8 @@ SPARSIFY_FAULTS = [
     Fault(
         "sparsify: tied layers get values of their own",
         LAYERS,
-        "    if first is not None:\n        made.values",
-        "    if first is not None and False:\n        made.values",
+        "    if first is not None:\n        for name in",
+        "    if first is not None and False:\n        for name in",
         test("tied_layers_share_what_becomes_of_them"),
     ),
     Fault(

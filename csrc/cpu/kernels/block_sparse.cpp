@@ -1,6 +1,7 @@
 #include "cpu/kernels/block_sparse.h"
 
 #include "cpu/kernel_table.h"
+#include "cpu/kernels/block_sparse_bwd.h"
 
 FASTNN_TABLE_PART(BlockSparse, block_sparse) = {
     .sparse_tile_rows = fastnn::sparse_tile_rows,

@@ -1,16 +1,9 @@
-// The products with a block-sparse weight, on the strips and units of cpu/gemm/.
-//
-//   forward   a tile of up to 24 rows x one strip, its sums in registers: each stored row of 16
-//             values is loaded once and multiplied by as many broadcasts of the input as there are
-//             rows. The input is packed so that a block's share of a tile is one run of memory,
-//             [block of columns][unit][row]; which blocks there are then hardly matters, and time
-//             goes with their number.
-//   dx        lanes along the outputs: for a block of columns, rows of dz times rows of values,
-//             summed over the strips that have it, and over lanes at the end.
-//   dw        of stored blocks alone: a strip's values as rows of 16 sums, a row of dz loaded once
-//             for many broadcasts of the input.
-//
-// No sum depends on how the work is split.
+// The product with a block-sparse weight, on the strips and units of cpu/gemm/: a tile of up to 24
+// rows x one strip, its sums in registers. Each stored unit of 16 outputs is loaded once and
+// multiplied by as many broadcasts of the input as there are rows. The input is packed so that a
+// block's share of a tile is one run of memory, [block of columns][unit][row]; which blocks there
+// are then hardly matters, and time goes with their number. No sum depends on how the work is
+// split.
 #pragma once
 #include "cpu/gemm/epilogue.h"
 #include "cpu/gemm/pack.h"
@@ -34,10 +27,21 @@ inline int64_t sparse_tile_rows(int64_t rows) {
   return rows <= 4 ? rows : rows <= 8 ? round_up(rows, 2) : round_up(rows, 4);
 }
 
-inline int64_t sparse_units(int64_t depth, DType dtype) {
-  int64_t units = depth;
-  with_dot(dtype, [&](auto dot, auto) { units = units_of(depth, decltype(dot)::kPerUnit); });
-  return units;
+// Calls f(Dot, storage type).
+template <class F>
+FASTNN_INLINE void with_units(SparseUnits units, DType dtype, F f) {
+  if (units == SparseUnits::kCodes) return f(DotInt8{}, Int8{});
+  with_dot(dtype, [&](auto dot, auto type) {
+    if (units == SparseUnits::kWidened) return f(DotF32{}, type);
+    f(dot, type);
+  });
+}
+
+inline int64_t sparse_units(int64_t depth, DType dtype, SparseUnits units) {
+  int64_t count = depth;
+  with_units(units, dtype,
+             [&](auto dot, auto) { count = units_of(depth, decltype(dot)::kPerUnit); });
+  return count;
 }
 
 // Units [u0, u1) of `rows` rows to out[u - u0][tile_rows], zeros where there are fewer rows; by
@@ -72,6 +76,12 @@ void sparse_pack_typed(const Matrix& x, int64_t K, int64_t depth, int64_t begin,
                        int64_t tile_rows, int64_t c0, int64_t c1, float* out) {
   const int64_t u0 = c0 * depth / Dot::kPerUnit, u1 = c1 * depth / Dot::kPerUnit;
   const T* const data = static_cast<const T*>(x.data) + begin * x.row_stride;
+  if constexpr (Dot::kExact) {
+    if (tile_rows == 1) {  // codes lie as units already, up to whole blocks
+      std::memcpy(out + u0, data + u0 * Dot::kPerUnit, (size_t)(u1 - u0) * sizeof(float));
+      return;
+    }
+  }
   if (x.col_stride == 1 && tile_rows > 1) {
     return sparse_pack_rows<Dot>(data, x.row_stride, end - begin, K, tile_rows, u0, u1,
                                  out + u0 * tile_rows);
@@ -87,22 +97,19 @@ void sparse_pack_typed(const Matrix& x, int64_t K, int64_t depth, int64_t begin,
 }
 
 void sparse_pack(const Matrix& x, int64_t K, int64_t depth, int64_t begin, int64_t end,
-                 int64_t tile_rows, int64_t c0, int64_t c1, bool widened, float* out) {
-  with_dot(x.dtype, [&](auto dot, auto type) {
-    using Dot = decltype(dot);
-    using T = decltype(type);
-    (widened ? sparse_pack_typed<DotF32, T> : sparse_pack_typed<Dot, T>)(x, K, depth, begin, end,
-                                                                         tile_rows, c0, c1, out);
+                 int64_t tile_rows, int64_t c0, int64_t c1, SparseUnits units, float* out) {
+  with_units(units, x.dtype, [&](auto dot, auto type) {
+    sparse_pack_typed<decltype(dot), decltype(type)>(x, K, depth, begin, end, tile_rows, c0, c1,
+                                                     out);
   });
 }
-
-// ---- forward
 
 struct SparseTile {
   const void* values;  // of the strip's first block
   const int32_t* columns;
   int64_t blocks, depth;
   const char* panel;
+  TileScales scales;  // of codes
 };
 
 // A unit of 16 outputs, a part of kLanes of them.
@@ -110,6 +117,8 @@ template <class Dot, class T>
 FASTNN_INLINE Vec sparse_values(const T* p, int v) {
   if constexpr (Dot::kPerUnit == 1) {
     return load(p + v * kLanes);
+  } else if constexpr (Dot::kExact) {
+    return load(reinterpret_cast<const float*>(p) + v * kLanes);
   } else {
     return interleave_bf16(load(reinterpret_cast<const float*>(p)));
   }
@@ -119,20 +128,23 @@ template <class Dot>
 FASTNN_INLINE void add_product(Vec& sum, Vec values, const char* x) {
   if constexpr (Dot::kPerUnit == 2) {
     add_bf16_pairs(sum, values, x);
+  } else if constexpr (Dot::kExact) {
+    add_code_quads(sum, splat(load_unit(x)), values);
   } else {
     sum = Dot::dot(sum, splat(load_unit(x)), values);
   }
 }
 
 // t (row stride ldt floats) = a tile of MR rows times a strip. Few rows have two or four sums
-// each, which do not wait for one another.
+// each, which do not wait for one another; those of integers, which may be summed in any order,
+// take whole blocks, of which the shallow ones have one unit.
 template <class Dot, class T, int MR>
 __attribute__((noinline)) void sparse_tile(const SparseTile& g, float* t, int64_t ldt) {
   constexpr int kSums = MR * kVecsPerStrip;
   constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
   const int64_t units = g.depth / Dot::kPerUnit;
   const int64_t block_bytes = units * MR * 4;
-  const int64_t most = Dot::kSumUnits / units;
+  const int64_t most = Dot::kExact ? g.blocks : Dot::kSumUnits / units;
   const T* values = static_cast<const T*>(g.values);
   const int32_t* column = g.columns;
   int64_t left = g.blocks;
@@ -145,33 +157,60 @@ __attribute__((noinline)) void sparse_tile(const SparseTile& g, float* t, int64_
         FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) sums[c][i][v] = zero();
       }
     }
-    for (int64_t b = 0; b < blocks; ++b) {
-      const char* x = g.panel + *column++ * block_bytes;
-      int64_t u = 0;
-      do {
-        FASTNN_UNROLL for (int c = 0; c < kChains; ++c) {
-          if (c > 0 && u + c >= units) break;  // one unit: pairs of a block that is two deep
-          FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
-            const Vec w = sparse_values<Dot>(values, v);
-            FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-              add_product<Dot>(sums[c][i][v], w, x + i * 4);
-            }
-          }
-          if constexpr (MR > kStreamedRows && Dot::kPerUnit == 1) {
-            __builtin_prefetch(reinterpret_cast<const char*>(values) + kFetchBytes);
-          }
-          values += kStrip * Dot::kPerUnit;
-          x += MR * 4;
-        }
-        u += kChains;
-      } while (u < units);
-    }
-    FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
+    auto add_unit = [&](Vec(&to)[MR][kVecsPerStrip],
+                        const char*& x) __attribute__((always_inline)) {
       FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
+        const Vec w = sparse_values<Dot>(values, v);
+        FASTNN_UNROLL for (int i = 0; i < MR; ++i) add_product<Dot>(to[i][v], w, x + i * 4);
+      }
+      if constexpr (MR > kStreamedRows && Dot::kPerUnit == 1) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values) + kFetchBytes);
+      }
+      values += kStrip * Dot::kPerUnit;
+      x += MR * 4;
+    };
+    if constexpr (Dot::kExact) {
+      for (int64_t b = 0; b < blocks; b += kChains) {
+        FASTNN_UNROLL for (int c = 0; c < kChains; ++c) {
+          if (c > 0 && b + c >= blocks) break;
+          const char* x = g.panel + *column++ * block_bytes;
+          int64_t u = 0;
+          do add_unit(sums[c], x);
+          while (++u < units);
+        }
+      }
+    } else {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const char* x = g.panel + *column++ * block_bytes;
+        int64_t u = 0;
+        do {
+          FASTNN_UNROLL for (int c = 0; c < kChains; ++c) {
+            if (c > 0 && u + c >= units) break;  // one unit: pairs of a block that is two deep
+            add_unit(sums[c], x);
+          }
+          u += kChains;
+        } while (u < units);
+      }
+    }
+    FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
+      Vec offset, scale, bias;
+      if constexpr (Dot::kExact) {
+        const TileScales& s = g.scales;
+        offset = (Vec)load_ints(s.offset + v * kLanes);
+        scale = load(s.column + v * kLanes);
+        bias = s.bias != nullptr ? load(s.bias + v * kLanes) : splat(-0.f);  // -0 changes nothing
+      }
+      FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
         Vec sum = sums[0][i][v];
-        FASTNN_UNROLL for (int c = 1; c < kChains; ++c) sum += sums[c][i][v];
+        FASTNN_UNROLL for (int c = 1; c < kChains; ++c) sum = Dot::add(sum, sums[c][i][v]);
         float* const at = t + i * ldt + v * kLanes;
-        store(at, accumulate ? sum + load(at) : sum);
+        if constexpr (Dot::kExact) {
+          const IVec codes = (IVec)((UVec)sum - (UVec)offset);
+          const Vec value = __builtin_convertvector(codes, Vec);
+          store(at, value * (splat(g.scales.row[i]) * scale) + bias);
+        } else {
+          store(at, accumulate ? sum + load(at) : sum);
+        }
       }
     }
     left -= blocks;
@@ -219,7 +258,7 @@ SparseTileFunction sparse_tile_of(int64_t rows) {
 void sparse_fwd(const GemmParams& p, const BlockSparseWeight& w, const float* panel, int64_t begin,
                 int64_t end, int64_t s0, int64_t s1) {
   alignas(64) float t[kSparseRows * kSparseGroup];
-  with_dot(w.dtype, [&](auto dot, auto type) {
+  with_units(w.units, w.dtype, [&](auto dot, auto type) {
     using T = decltype(type);
     const SparseTileFunction tile = sparse_tile_of<decltype(dot), T>(sparse_tile_rows(end - begin));
     constexpr int64_t kStrips = kSparseGroup / kStrip;
@@ -227,146 +266,23 @@ void sparse_fwd(const GemmParams& p, const BlockSparseWeight& w, const float* pa
       const int64_t after = s + kStrips < s1 ? s + kStrips : s1;
       for (int64_t i = s; i < after; ++i) {
         const int64_t first = w.starts[i];
-        const SparseTile g = {static_cast<const T*>(w.values) + first * w.depth * kStrip,
-                              w.columns + first, w.starts[i + 1] - first, w.depth,
-                              reinterpret_cast<const char*>(panel)};
+        SparseTile g = {static_cast<const T*>(w.values) + first * w.depth * kStrip,
+                        w.columns + first,
+                        w.starts[i + 1] - first,
+                        w.depth,
+                        reinterpret_cast<const char*>(panel),
+                        {}};
+        if (p.is_int8) {
+          const int64_t n = i * kStrip;
+          const float* const bias = p.epilogue.bias;
+          g.scales = {p.int8.row + begin, p.int8.column + n, bias == nullptr ? bias : bias + n,
+                      p.int8.offset + n};
+        }
         tile(g, t + (i - s) * kStrip, kSparseGroup);
       }
       const int64_t n = s * kStrip, stop = after * kStrip < p.N ? after * kStrip : p.N;
       finish(p, t, kSparseGroup, begin, end - begin, n, stop - n);
     }
-  });
-}
-
-// ---- backward
-
-// J columns of a block times kLanes / J rows: as many sums as lanes, so that one turn of sum_each
-// finishes them all.
-template <class T, int J>
-void sparse_dx_typed(const SparseGradients& p, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
-  constexpr int MR = kLanes / J;
-  const int64_t depth = p.w.depth;
-  const T* const values = static_cast<const T*>(p.w.values);
-  T* const dx = static_cast<T*>(p.dx);
-  for (int64_t c = c0; c < c1; ++c) {
-    const SparseCell* const first = p.cells + p.column_starts[c];
-    const SparseCell* const last = p.cells + p.column_starts[c + 1];
-    for (int64_t j = 0; j < depth; j += J) {
-      const int64_t k = c * depth + j;
-      if (k >= p.K) break;
-      const int columns = p.K - k < J ? (int)(p.K - k) : J;
-      for (int64_t m = begin; m < end; m += MR) {
-        const float* row[MR];
-        FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-          row[i] = p.dz + (m + i < end ? m + i : end - 1) * p.dz_stride;
-        }
-        Vec total = zero();
-        for (const SparseCell* from = first; from < last;) {
-          const SparseCell* const to = last - from < kFloatSumUnits ? last : from + kFloatSumUnits;
-          Vec sums[MR * J];
-          FASTNN_UNROLL for (int i = 0; i < MR * J; ++i) sums[i] = zero();
-          for (; from < to; ++from) {
-            const T* const w = values + (from->block * depth + j) * kStrip;
-            const int64_t n = from->strip * kStrip;
-            FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
-              Vec value[J];
-              FASTNN_UNROLL for (int a = 0; a < J; ++a) {
-                value[a] = load(w + a * kStrip + v * kLanes);
-              }
-              FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-                const Vec z = load(row[i] + n + v * kLanes);
-                FASTNN_UNROLL for (int a = 0; a < J; ++a) {
-                  sums[i * J + a] = fma(z, value[a], sums[i * J + a]);
-                }
-              }
-            }
-          }
-          total += sum_each(sums);
-        }
-        float result[kLanes];
-        store(result, total);
-        for (int64_t i = 0; i < MR && m + i < end; ++i) {
-          T* const at = dx + (m + i) * p.K + k;
-          if constexpr (sizeof(T) == 4) {
-            for (int a = 0; a < columns; ++a) at[a] = result[i * J + a];
-          } else {
-            const Half16 narrowed = narrow(total, T{});
-            for (int a = 0; a < columns; ++a) at[a].bits = narrowed[i * J + a];
-          }
-        }
-      }
-    }
-  }
-}
-
-void sparse_dx(const SparseGradients& p, int64_t begin, int64_t end, int64_t c0, int64_t c1) {
-  with_type(p.w.dtype, [&](auto type) {
-    using T = decltype(type);
-    (p.w.depth == 2 ? sparse_dx_typed<T, 2> : sparse_dx_typed<T, 4>)(p, begin, end, c0, c1);
-  });
-}
-
-constexpr int kDwSums = kLanes == 16 ? 16 : kLanes == 8 ? 4 : 2;  // rows of 16 sums at once
-
-// B pieces of J columns each, pieces [q, q + B) of strip s: a block has depth / J of them.
-template <class T, int J, int B>
-__attribute__((noinline)) void sparse_dw_pieces(const SparseGradients& p, int64_t s, int64_t q) {
-  constexpr int kSums = J * B;
-  const int64_t depth = p.w.depth, pieces = depth / J;
-  int64_t offset[B];
-  FASTNN_UNROLL for (int b = 0; b < B; ++b) {
-    const int64_t block = (q + b) / pieces, piece = (q + b) % pieces;
-    offset[b] = (p.w.columns[block] * depth + piece * J) * kSparseDwRows;
-  }
-  alignas(64) float total[kSums][kStrip] = {};
-  for (int64_t m0 = 0; m0 < p.M; m0 += kSparseDwRows) {
-    const int64_t rows = p.M - m0 < kSparseDwRows ? p.M - m0 : kSparseDwRows;
-    const float* const panel = p.panel + m0 / kSparseDwRows * p.panel_floats;
-    const float* z = p.dz + m0 * p.dz_stride + s * kStrip;
-    const float* x[B];
-    FASTNN_UNROLL for (int b = 0; b < B; ++b) x[b] = panel + offset[b];
-    Vec sums[kSums][kVecsPerStrip];
-    FASTNN_UNROLL for (int i = 0; i < kSums; ++i) {
-      FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) sums[i][v] = zero();
-    }
-    for (int64_t m = 0; m < rows; ++m, z += p.dz_stride) {
-      Vec row[kVecsPerStrip];
-      FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) row[v] = load(z + v * kLanes);
-      FASTNN_UNROLL for (int b = 0; b < B; ++b) {
-        FASTNN_UNROLL for (int j = 0; j < J; ++j) {
-          const Vec value = splat(x[b][m + j * kSparseDwRows]);
-          FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
-            sums[b * J + j][v] = fma(row[v], value, sums[b * J + j][v]);
-          }
-        }
-      }
-    }
-    FASTNN_UNROLL for (int i = 0; i < kSums; ++i) {
-      FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
-        float* const at = total[i] + v * kLanes;
-        store(at, load(at) + sums[i][v]);
-      }
-    }
-  }
-  T* const out = static_cast<T*>(p.dw) + q * J * kStrip;
-  for (int64_t i = 0; i < kSums; ++i) {
-    for (int64_t n = 0; n < kStrip; n += kLanes) store(out + i * kStrip + n, load(total[i] + n));
-  }
-}
-
-template <class T, int J>
-void sparse_dw_typed(const SparseGradients& p, int64_t s, int64_t b0, int64_t b1) {
-  constexpr int B = kDwSums / J > 0 ? kDwSums / J : 1;
-  const int64_t pieces = p.w.depth / J, last = b1 * pieces;
-  int64_t q = b0 * pieces;
-  for (; q + B <= last; q += B) sparse_dw_pieces<T, J, B>(p, s, q);
-  for (; q < last; ++q) sparse_dw_pieces<T, J, 1>(p, s, q);
-}
-
-void sparse_dw(const SparseGradients& p, int64_t s, int64_t b0, int64_t b1) {
-  with_type(p.w.dtype, [&](auto type) {
-    using T = decltype(type);
-    (p.w.depth == 2 || kLanes == 4 ? sparse_dw_typed<T, 2> : sparse_dw_typed<T, 4>)(p, s, b0, b1);
   });
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import nn
 from ...ops.linear import ACTIVATIONS, linear_reference
 from ...ops.linear import linear as typed_linear
-from .. import block_sparse, groupwise, int8
+from .. import block_sparse, block_sparse_int8, groupwise, int8
 from ..cases import Case, Inputs, InvalidCall
 from ..inputs import Fill, arrange, fill
 
@@ -220,7 +220,8 @@ def _wide_cases() -> Iterator[Case]:
     )
 
 
-CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases(), *int8.CASES, *groupwise.CASES, *block_sparse.CASES)
+_FORMS = (int8, groupwise, block_sparse, block_sparse_int8)
+CASES: tuple[Case, ...] = (*_matrix_cases(), *_wide_cases(), *(case for form in _FORMS for case in form.CASES))
 
 
 def _t(*shape: int, **options: Any) -> Tensor:
@@ -395,5 +396,5 @@ INVALID: tuple[InvalidCall, ...] = (
     *_raw_forward_calls(),
     *_raw_backward_calls(),
     *_raw_packed_calls(),
-    *(call for form in (int8, groupwise, block_sparse) for call in form.INVALID),
+    *(call for form in _FORMS for call in form.INVALID),
 )

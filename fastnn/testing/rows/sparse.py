@@ -1,7 +1,9 @@
 """Rows of dense layers with a block-sparse weight: blocks of 16 outputs x 4 columns, equally many in each strip.
 
-The plain forward call is the float layer with the same weight, zeros and all. Backward rows are plain too: torch has no
-layer whose pattern stays, so its weight is made dense from the values that train, and the gradient gathered again.
+Rows of int8 codes are held against the definition in plain torch, and beside the blocks and the dense layer of codes
+they show the same blocks of floating values. The plain forward call is the float layer with the same weight, zeros and
+all. Backward rows are plain too: torch has no layer whose pattern stays, so its weight is made dense from the values
+that train, and the gradient gathered again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from ... import nn
 from ...ops.block_sparse import OUTPUTS, block_sparse_linear, block_sparse_linear_reference, dense_of_blocks, strips_of
+from ...ops.linear_int8 import linear_int8_reference, quantize_rows_reference
 from ..bench_cases import Bar, BenchCase, Direction, Ours, Results, Work, forward_backward
 from ..cases import DTYPES, Inputs
 
@@ -99,6 +102,24 @@ def _packed_dense(inputs: Inputs, threads: int) -> Callable[[], Results]:
     return lambda: (layer(x),)
 
 
+def _prepare_codes(inputs: Inputs) -> Callable[[], Results]:
+    x = inputs["input"]
+    layer = nn.Int8BlockSparseLinear.from_dense(inputs["weight"], _bias_of(inputs), depth=DEPTH)
+    return lambda: (layer(x),)
+
+
+def _prepare_dense_codes(inputs: Inputs) -> Callable[[], Results]:
+    x = inputs["input"]
+    layer = nn.Int8Linear.from_float(inputs["weight"], _bias_of(inputs))
+    return lambda: (layer(x),)
+
+
+def _truth_of_codes(inputs: Inputs) -> Tensor:
+    """The definition: the weight rounded in float32, whatever its type is here."""
+    codes, scale = quantize_rows_reference(inputs["weight"])
+    return linear_int8_reference(inputs["input"], codes, scale, inputs["bias"], None)
+
+
 def _torch_sparse(layout: str, inputs: Inputs, threads: int) -> Callable[[], Results]:
     """torch's products with compressed rows, and with square blocks of them (others it refuses)."""
     weight, bias = inputs["weight"], inputs["bias"].unsqueeze(1)
@@ -154,12 +175,37 @@ def _case(
     )
 
 
+def _case_of_codes(shape: Shape, sparsity: int) -> BenchCase:
+    m, k, n = shape
+    blocks = strips_of(n) * _kept(shape, sparsity)
+    codes, beside = blocks * DEPTH * OUTPUTS, 4 * (blocks + strips_of(n) + 1) + 4 * n
+    return BenchCase(
+        family="sparse",
+        name=f"block_sparse_int8_{sparsity}",
+        direction="fwd",
+        shape=shape,
+        dtype="fp32",
+        work=Work((m * k + n) * 4 + codes + beside, m * n * 4, 2 * m * codes, "int8"),
+        make=partial(_make, shape, sparsity, "fwd"),
+        torch_call=_float_layer,
+        measured_by=_truth_of_codes,
+        ours=(
+            Ours("", _prepare_codes, "linear_block_sparse_int8_fwd", frozen=True),
+            Ours("floats", _prepare, "linear_block_sparse_fwd", frozen=True),
+            Ours("dense", _prepare_dense_codes, "linear_int8_fwd", frozen=True),
+        ),
+        constants=("weight", "bias"),
+    )
+
+
 def _cases() -> Iterator[BenchCase]:
     for shape in _PUBLIC:
         for sparsity in _SPARSITIES:
             yield _case(shape, sparsity, "fp32", "fwd", Bar(_BARS[shape[0]], holder="torch.bsr", against=_SPARSE))
         over_dense = Bar(_OVER_DENSE, against=("packed dense",)) if shape[0] > 1 else Bar()
         yield _case(shape, 80, "bf16", "fwd", over_dense)
+    for m in _BARS:
+        yield _case_of_codes((m, 4096, 4096), 80)
     for dtype in ("fp32", "bf16"):
         yield _case((128, 768, 3072), 80, dtype, "fb")
     for i, shape in enumerate(_SWEEP):
