@@ -48,6 +48,8 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="a folder for report.json, report.md and, with matplotlib, a plot")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
+    if options.report is not None:
+        options.report.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     base = encoder.load()
     with open(Path(os.environ["FASTNN_DATA"]) / "stsb-en-dev.csv", newline="", encoding="utf-8") as file:

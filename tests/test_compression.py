@@ -63,7 +63,7 @@ def clock(monkeypatch):
 
 
 def compressed(model, evaluate=agrees, **options):
-    given = {"calib": [X], "example_inputs": X, "max_drop": 0.05, "accelerate": False, **options}
+    given = {"calib": [X], "example_inputs": X, "max_drop": 0.05, "reserve": 0.0, "accelerate": False, **options}
     return compress(model, evaluate=evaluate, **given)
 
 
@@ -116,6 +116,18 @@ def test_a_layer_that_costs_too_much_is_rolled_back_and_no_other():
     (left,) = report.left
     assert left.name == "2" and left.reason == "Int8Dynamic: rolled back: metric falls by 1"
     assert {entry.became for entry in report.compressed} == {"Int8Linear"}
+
+
+@pytest.mark.parametrize(("reserve", "became"), [(0.2, "Int8Linear"), (0.3, None)])
+def test_no_plan_uses_the_reserve_up(reserve, became):
+    def evaluate(model):
+        return 1.0 - 0.03 * isinstance(model[2], Int8Linear)
+
+    report = compressed(mlp(), evaluate, candidates=[Int8Dynamic()], max_drop=0.04, reserve=reserve)
+    assert {entry.name: entry.became for entry in report.entries}["2"] == became
+    assert f"plans might lose {0.04 * (1 - reserve):.4g}" in str(report)
+    with pytest.raises(ValueError, match=r"reserve must be in \[0, 1\), got 1"):
+        compressed(mlp(), reserve=1)
 
 
 def test_nan_counts_as_beyond_any_budget():

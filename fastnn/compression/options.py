@@ -38,6 +38,7 @@ class Options:
     calib: list[Any]
     example_inputs: Any
     max_drop: float
+    reserve: float
     target: Target
     candidates: tuple[Any, ...]
     filter_fn: FilterFn | None
@@ -48,10 +49,17 @@ class Options:
     max_evaluations: int
     save: Path | None
 
+    @property
+    def allowed(self) -> float:
+        """By how much the metric may fall for a plan: of many that are tried, the one that just fits is a lucky one."""
+        return self.max_drop * (1 - self.reserve)
+
     def check(self) -> None:
         """Raises TypeError or ValueError where they cannot be meant."""
         if not self.max_drop >= 0 or math.isinf(self.max_drop):
             raise ValueError(f"fastnn.compress: max_drop must be a number of at least 0, got {self.max_drop}")
+        if not 0 <= self.reserve < 1:
+            raise ValueError(f"fastnn.compress: reserve must be in [0, 1), got {self.reserve}")
         if self.target not in get_args(Target):
             raise ValueError(f"fastnn.compress: target must be one of {get_args(Target)}, got {self.target!r}")
         if type(self.max_evaluations) is not int or self.max_evaluations < 1:
@@ -65,8 +73,8 @@ class Options:
         """Of all that measurements depend on, but for the code of `evaluate`, `recover` and `filter_fn`."""
         held = [[name, t.detach()] for name, t in model.state_dict().items() if isinstance(t, Tensor)]
         isa = "" if _extension._C is None else _extension._C.isa()
-        told = [repr(self.candidates), self.target, self.max_drop, metric, self.include, self.exclude, self.accelerate]
-        called = [self.filter_fn is None, self.recover is None, self.max_evaluations]
+        told = [repr(self.candidates), self.target, self.max_drop, self.reserve, metric, self.include, self.exclude]
+        called = [self.accelerate, self.filter_fn is None, self.recover is None, self.max_evaluations]
         where = [__version__, torch.__version__, isa, torch.get_num_threads()]
         kinds = [[name, type(m).__qualname__] for name, m in model.named_modules()]
         return digest(where, told, called, kinds, held, self.calib, plain_inputs(self.example_inputs))

@@ -223,7 +223,7 @@ class Search:
 
         found = self.memo.get(f"plan {key}", find)
         ms_before, ms = (statistics.median(each) for each in found["times"])
-        fits = self.judge.drop(self.before, found["metrics"]) <= self.options.max_drop
+        fits = self.judge.drop(self.before, found["metrics"]) <= self.options.allowed
         if fits and states:
             self.best = key, states[0]
         self.points[key] = Point(key, len(choices), found["metrics"], ms, ms_before, found["bytes"], fits)
@@ -264,6 +264,8 @@ class Search:
         before = self._figures(self.plain, times[0], self.before)
         after = self._figures(last, times[1], metrics)
         remarks = [f"the model's configuration cannot say: {trained.lacks}"] if trained.lacks else []
+        if options.reserve:
+            remarks.append(f"plans might lose {options.allowed:.4g}: the rest is for data that evaluate does not have")
         return Report(
             tuple(self._entry(unit) for unit in self.units),
             tuple(self.points.values()),
@@ -310,7 +312,7 @@ class Search:
         name, judged = str(self.judge.metric), [p for p in self.points.values() if p.changed]
         near = min((self.judge.drop(self.before, p.metrics) for p in judged), default=None)
         text = "" if near is None else f": the smallest fall of {name} was {near:.4g}"
-        text += f"; max_drop is {self.options.max_drop:g}"
+        text += f"; max_drop is {self.options.max_drop:g}, of which {self.options.reserve:.0%} is kept in reserve"
         self.choices = {}
         state.put()
         error = CompressError(f"fastnn.compress: {why}{text}; the model is as it was")

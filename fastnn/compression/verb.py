@@ -30,6 +30,7 @@ def compress(
     evaluate: Callable[[Module], Any],
     example_inputs: Any,
     max_drop: float = 0.01,
+    reserve: float = 0.25,
     target: Target = "latency",
     metric: str | None = None,
     candidates: Sequence[object] = CANDIDATES,
@@ -63,6 +64,8 @@ def compress(
             loss). It is called without gradients, always with the same random state, and must not change the model.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments: what times are taken on.
         max_drop: by how much the metric may fall, at least 0.
+        reserve: the part of `max_drop`, in [0, 1), that no plan may use up: what is chosen because the metric shows
+            little loses more on data that `evaluate` does not have.
         target: "latency" or "size": what a step must gain; a tenth of the other counts beside it.
         metric: which of the mapping's counts; the first unless named.
         candidates: `fastnn.quantize_`'s configurations (SmoothQuant apart, which changes other layers, too),
@@ -101,6 +104,7 @@ def compress(
         [plain_inputs(sample) for sample in calib],
         example_inputs,
         max_drop,
+        reserve,
         target,
         tuple(candidates),
         filter_fn,

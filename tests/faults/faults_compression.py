@@ -34,9 +34,16 @@ COMPRESSION_FAULTS = [
     Fault(
         "compress: plans may cost twice the budget",
         f"{PART}search.py",
-        'found["metrics"]) <= self.options.max_drop',
-        'found["metrics"]) <= 2 * self.options.max_drop',
+        'found["metrics"]) <= self.options.allowed',
+        'found["metrics"]) <= 2 * self.options.allowed',
         (f"{TESTS}::test_a_layer_that_costs_too_much_is_rolled_back_and_no_other",),
+    ),
+    Fault(
+        "compress: plans may use the reserve up",
+        f"{PART}options.py",
+        "return self.max_drop * (1 - self.reserve)",
+        "return self.max_drop",
+        (f"{TESTS}::test_no_plan_uses_the_reserve_up",),
     ),
     Fault(
         "compress: a metric that is NaN is within any budget",
