@@ -76,9 +76,14 @@ void sparse_pack_typed(const Matrix& x, int64_t K, int64_t depth, int64_t begin,
                        int64_t tile_rows, int64_t c0, int64_t c1, float* out) {
   const int64_t u0 = c0 * depth / Dot::kPerUnit, u1 = c1 * depth / Dot::kPerUnit;
   const T* const data = static_cast<const T*>(x.data) + begin * x.row_stride;
-  if constexpr (Dot::kExact) {
-    if (tile_rows == 1) {  // codes lie as units already, up to whole blocks
-      std::memcpy(out + u0, data + u0 * Dot::kPerUnit, (size_t)(u1 - u0) * sizeof(float));
+  if constexpr (sizeof(T) * Dot::kPerUnit == sizeof(float)) {
+    if (tile_rows == 1 && x.col_stride == 1) {  // elements lie as units already
+      const int64_t from = u0 * Dot::kPerUnit, stop = u1 * Dot::kPerUnit,
+                    last = stop < K ? stop : K;
+      const size_t bytes = last > from ? (size_t)(last - from) * sizeof(T) : 0;
+      char* const to = reinterpret_cast<char*>(out + u0);
+      std::memcpy(to, data + from, bytes);
+      std::memset(to + bytes, 0, (size_t)(u1 - u0) * sizeof(float) - bytes);
       return;
     }
   }
