@@ -125,7 +125,7 @@ def test_no_plan_uses_the_reserve_up(reserve, became):
 
     report = compressed(mlp(), evaluate, candidates=[Int8Dynamic()], max_drop=0.04, reserve=reserve)
     assert {entry.name: entry.became for entry in report.entries}["2"] == became
-    assert f"plans might lose {0.04 * (1 - reserve):.4g}" in str(report)
+    assert f"may fall by 0.04, for a plan by {0.04 * (1 - reserve):.4g}, fell by" in str(report)
     with pytest.raises(ValueError, match=r"reserve must be in \[0, 1\), got 1"):
         compressed(mlp(), reserve=1)
 

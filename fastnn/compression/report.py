@@ -125,6 +125,8 @@ class Report(Printed):
     metric: str
     """The one that counted."""
     max_drop: float
+    allowed: float
+    """By how much the metric might fall for a plan: `max_drop` without the reserve."""
     target: str
     before: Figures
     after: Figures
@@ -157,9 +159,10 @@ class Report(Printed):
         """The whole model, before and after."""
         a, b = self.before, self.after
         median, low, high = self.speedup
+        kept = f", for a plan by {self.allowed:.4g}" if self.allowed < self.max_drop else ""
         metrics = ", ".join(f"{name} {a.metrics[name]:.4f} -> {b.metrics[name]:.4f}" for name in a.metrics)
         return (
-            f"{metrics} ({self.metric} may fall by {self.max_drop:g}, fell by {self.drop:.4f})",
+            f"{metrics} ({self.metric} may fall by {self.max_drop:g}{kept}, fell by {self.drop:.4f})",
             f"tensors {size_text(a.nbytes)} -> {size_text(b.nbytes)} ({b.nbytes / max(a.nbytes, 1):.1%}), "
             f"packed copies {size_text(a.packed)} -> {size_text(b.packed)}, "
             f"peak of a call {size_text(a.peak)} -> {size_text(b.peak)}",
@@ -210,7 +213,10 @@ class Report(Printed):
                 axes.scatter(times, [p.metrics[self.metric] for p in points], marker=mark, label=label)
         for label, one, mark in (("before", self.before, "s"), ("after", self.after, "*")):
             axes.scatter([one.ms], [one.metrics[self.metric]], marker=mark, s=90, label=label)
-        axes.axhline(self.before.metrics[self.metric] - self.max_drop, linestyle="--", linewidth=1, label="budget")
+        start = self.before.metrics[self.metric]
+        axes.axhline(start - self.max_drop, linestyle="--", linewidth=1, label="budget")
+        if self.allowed < self.max_drop:
+            axes.axhline(start - self.allowed, linestyle=":", linewidth=1, label="without its reserve")
         axes.set_xlabel(f"ms on the example ({self.threads} threads)")
         axes.set_ylabel(self.metric)
         axes.legend()

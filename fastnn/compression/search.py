@@ -264,13 +264,12 @@ class Search:
         before = self._figures(self.plain, times[0], self.before)
         after = self._figures(last, times[1], metrics)
         remarks = [f"the model's configuration cannot say: {trained.lacks}"] if trained.lacks else []
-        if options.reserve:
-            remarks.append(f"plans might lose {options.allowed:.4g}: the rest is for data that evaluate does not have")
         return Report(
             tuple(self._entry(unit) for unit in self.units),
             tuple(self.points.values()),
             str(self.judge.metric),
             options.max_drop,
+            options.allowed,
             options.target,
             before,
             after,
