@@ -470,8 +470,8 @@ def test_cases_name_every_raw_operator():
     named = {
         kernel for op in op_names() for case in cases(op) for kernel in (case.forward_kernel, case.backward_kernel)
     }
-    by_layers = {  # tests/test_ops_packing.py, test_int8.py, test_groupwise.py, test_kv_cache.py
+    by_layers = {  # test_ops_packing.py, test_int8.py, test_block_sparse_int8.py, test_groupwise.py, test_kv_cache.py
         "linear_pack", "linear_int8_pack", "linear_int8_quantize", "linear_groupwise_pack", "linear_groupwise_rows",
-        "attention_cache_append",
+        "attention_cache_append", "linear_block_sparse_int8_pack",
     }  # fmt: skip
     assert named - {""} == set(RAW) - by_layers
