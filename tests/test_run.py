@@ -176,4 +176,4 @@ def test_large_softmaxes_get_faster_and_small_ones_stay(folder):
         pytest.skip(f"{chosen.why}: {chosen.measured}")
     large, small = (6144, 1), (4, 2000)
     assert seconds(PLAIN, *large) > 1.2 * seconds(chosen.name, *large)
-    assert min(seconds(chosen.name, *small) for _ in range(2)) < 1.1 * max(seconds(PLAIN, *small) for _ in range(2))
+    assert min(seconds(chosen.name, *small) for _ in range(3)) < 1.2 * max(seconds(PLAIN, *small) for _ in range(3))
