@@ -129,8 +129,8 @@ SPARSE_FAULTS = [
     Fault(
         "block sparse int8: a single row's codes past the first 1024 are the first ones again",
         KERNEL,
-        "data + u0 * Dot::kPerUnit,",
-        "data + 0 * Dot::kPerUnit,",
+        "std::memcpy(to, data + from, bytes);",
+        "std::memcpy(to, data, bytes);",
         INT8_BITS,
     ),
     Fault(
