@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 
 import fastnn
 from fastnn import _extension, cli
-from fastnn.demo import encoder, measure, sentences
+from fastnn.demo import encoder, measure, sentences, train
 
 
 def test_no_command_prints_help(capsys):
@@ -120,3 +121,14 @@ def test_demo_runs(tmp_path, capsys):
     assert found["report"]["fused"] == 7 and found["report"]["skipped"] == 0
     assert {k["isa"] for k in found["kernels"]} == {_extension._C.isa()}
     assert "HF_HUB_OFFLINE" in os.environ
+
+
+def test_demo_shows_what_was_trained_beside_what_was_not(monkeypatch, capsys):
+    console = pytest.importorskip("rich.console").Console(width=120)
+    show = importlib.import_module("fastnn.demo.show")
+    runs = [train.Run([2.0, 1.0], [2e-3, 2e-3], 0.5, 1 << 20), train.Run([2.0, 1.0], [1e-3, 1e-3], 0.5, 1 << 20)]
+    monkeypatch.setattr(show, "train_classifier", lambda *_: train.Training("digits", "MNIST", 2, *runs))
+    monkeypatch.setattr(show, "train_language", lambda *_: "there is no text")
+    show._trainings(None, console)
+    text = capsys.readouterr().out
+    assert "2.00x" in text and text.count("there is no text") == 1

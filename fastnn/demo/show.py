@@ -195,9 +195,8 @@ def _trainings(text: Path | None, console: Console) -> list[Training | str]:
     done = [t for t in found if not isinstance(t, str)]
     rows = [_TrainingRow(training, ours) for training in done for ours in (False, True)]
     console.print(rich_table("Training, float32, the same start and batches", _TRAINING_COLUMNS, rows))
-    for reason in dict.fromkeys(found):
-        if isinstance(reason, str):
-            console.print(f"[yellow]Not trained:[/] {reason}")
+    for reason in dict.fromkeys(one for one in found if isinstance(one, str)):
+        console.print(f"[yellow]Not trained:[/] {reason}")
     return found
 
 
