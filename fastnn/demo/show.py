@@ -207,7 +207,7 @@ _TRAINING_COLUMNS = (
     Column("a step", lambda row: f"{row.run.median_ms:.2f} ms", "right"),
     Column("faster by", lambda row: f"{row.of.ratio:.2f}x" if row.ours else "", "right", "bold green"),
     Column("memory", lambda row: "" if row.run.memory is None else f"{row.run.memory / 2**20:.0f} MiB", "right"),
-    Column("last loss", lambda row: f"{row.run.losses[-1]:.4f}", "right"),
+    Column("loss", lambda row: f"{row.run.losses[-1]:.4f}", "right"),
     Column("accuracy", lambda row: "" if row.run.accuracy is None else f"{100 * row.run.accuracy:.2f} %", "right"),
 )
 
