@@ -21,6 +21,7 @@ from .linear import (
     check_activation,
     linear_bwd_reference,
 )
+from .linear_int8 import is_plain
 
 OUTPUTS = 16
 """Outputs of a block: the width of a strip of the matrix kernels (csrc/cpu/gemm/params.h)."""
@@ -225,6 +226,19 @@ def check_order(op: str, columns: Tensor, starts: Tensor, limit: int) -> None:
         raise ValueError(f"{op}: columns must rise within a strip of outputs")
 
 
+def check_tensors(op: str, input: Tensor, **others: Tensor | None) -> None:
+    """TypeError, in the name of `op`, unless all are dense tensors on the input's device; the bias may be None."""
+    for name, tensor in {"input": input, **others}.items():
+        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor is None:
+            continue
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.device != input.device:
+            raise TypeError(f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}")
+
+
 def _check(
     input: Tensor,
     values: Tensor,
@@ -235,16 +249,7 @@ def _check(
     activation: str | None,
 ) -> None:
     op = "fastnn.block_sparse_linear"
-    tensors = {"input": input, "values": values, "columns": columns, "starts": starts, "bias": bias}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor is None:
-            continue
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor.device != input.device:
-            raise TypeError(f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}")
+    check_tensors(op, input, values=values, columns=columns, starts=starts, bias=bias)
     check_activation(op, activation)
     if not input.dtype.is_floating_point:
         raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
@@ -329,14 +334,6 @@ def block_sparse_linear_of_layer(
     Without gradients nothing runs but the kernel, which looks at types, shapes and indices itself: a row of 768 by 3072
     at a density of 0.1 takes 31 us in place of 37.
     """
-    if (
-        not torch.is_grad_enabled()
-        and isinstance(input, Tensor)
-        and input.layout is torch.strided
-        and input.dtype == values.dtype
-        and input.device == values.device
-        and _dispatch.pick(OP, input) == "cpu"
-        and not autocast.active(input)
-    ):
+    if is_plain(OP, input, bias) and input.dtype == values.dtype and values.is_cpu:
         return _run(input, values, columns, starts, bias, out_features, activation, False)[0]
     return block_sparse_linear(input, values, columns, starts, bias, out_features=out_features, activation=activation)

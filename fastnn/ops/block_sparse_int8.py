@@ -11,7 +11,7 @@ from .. import _dispatch, _extension
 from .._record import note_reference
 from . import autocast
 from .autocast import cast
-from .block_sparse import OUTPUTS, check_order, check_places, dense_of_blocks, strips_of
+from .block_sparse import OUTPUTS, check_order, check_places, check_tensors, dense_of_blocks, strips_of
 from .linear import ACTIVATION_CODE, ACTIVATIONS, Activation, check_activation
 from .linear_int8 import MAX_FEATURES, check_vectors, dequantize_weight, is_plain, linear_int8_reference
 
@@ -144,21 +144,7 @@ def _check(
     activation: str | None,
 ) -> None:
     op = "fastnn.block_sparse_linear_int8"
-    tensors = {
-        "input": input,
-        "codes": codes,
-        "columns": columns,
-        "starts": starts,
-        "scale": scale,
-        "bias": bias,
-    }
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.layout is not torch.strided:
-            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor is not None and tensor.device != input.device:
-            raise TypeError(f"{op}: {name} must be on the input's device {input.device}, got {tensor.device}")
+    check_tensors(op, input, codes=codes, columns=columns, starts=starts, scale=scale, bias=bias)
     check_activation(op, activation)
     if not input.dtype.is_floating_point:
         raise TypeError(f"{op}: input must be floating point, got {input.dtype}")
