@@ -1,6 +1,9 @@
 // torch.ops.fastnn.linear_block_sparse_fwd / _bwd, linear_block_sparse_int8_pack / _fwd.
 #include "cpu/block_sparse.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "bindings/linear.h"
 #include "params/linear_int8.h"
 
@@ -31,11 +34,29 @@ void check_starts(const BlockSparseWeight& w, int64_t blocks, int64_t strips, co
   FASTNN_CHECK(w.starts[0] == 0 && w.starts[strips] == blocks, ValueError, "fastnn::", op,
                ": starts must go from 0 to the number of blocks, ", blocks, "; got ", w.starts[0],
                " to ", w.starts[strips]);
-  for (int64_t s = 0; s < strips; ++s) {
-    FASTNN_CHECK(w.starts[s] <= w.starts[s + 1] && w.starts[s + 1] <= blocks, ValueError,
-                 "fastnn::", op, ": starts must not fall, got ", w.starts[s], " and ",
-                 w.starts[s + 1], " at ", s);
+  bool falls = false;
+  for (int64_t s = 0; s < strips; ++s) falls |= w.starts[s] > w.starts[s + 1];
+  for (int64_t s = 0; falls && s < strips; ++s) {
+    FASTNN_CHECK(w.starts[s] <= w.starts[s + 1], ValueError, "fastnn::", op,
+                 ": starts must not fall, got ", w.starts[s], " and ", w.starts[s + 1], " at ", s);
   }
+}
+
+// Whether columns rise within a strip and lie in [0, limit). In passes without a branch: a tenth of
+// the time of a row went into looking at one strip after the other.
+bool in_order(const BlockSparseWeight& w, int64_t blocks, int64_t strips, int64_t limit) {
+  const auto last = (uint32_t)std::min<int64_t>(limit - 1, std::numeric_limits<int32_t>::max());
+  uint32_t outside = 0;  // its sign
+  for (int64_t b = 0; b < blocks; ++b) {
+    outside |= (uint32_t)w.columns[b] | (last - (uint32_t)w.columns[b]);
+  }
+  int32_t falls = 0;
+  for (int64_t b = 1; b < blocks; ++b) falls += w.columns[b - 1] >= w.columns[b];
+  for (int64_t s = 1; s < strips; ++s) {
+    const int32_t b = w.starts[s];
+    if (w.starts[s - 1] < b && b < blocks) falls -= w.columns[b - 1] >= w.columns[b];
+  }
+  return falls == 0 && (int32_t)outside >= 0;
 }
 
 // Every index is looked at on each call, since one that is out of range would be read out of
@@ -48,6 +69,7 @@ void set_places(BlockSparseWeight& w, const Tensor& columns, const Tensor& start
   w.starts = checked_indices(starts, strips + 1, op, "starts");
   check_starts(w, blocks, strips, op);
   const int64_t limit = (K + w.depth - 1) / w.depth;
+  if (in_order(w, blocks, strips, limit)) return;
   for (int64_t s = 0; s < strips; ++s) {
     const int32_t first = w.starts[s], last = w.starts[s + 1];
     bool rises = true;

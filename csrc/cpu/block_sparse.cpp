@@ -111,7 +111,7 @@ void block_sparse_fwd(const BlockSparseParams& p) {
   g.c = p.y;
   g.c_stride = p.N;
   g.c_dtype = p.x.dtype;
-  g.epilogue.bias = biased ? bias.get() : nullptr;
+  g.tile_bias = biased ? bias.get() : nullptr;
   g.epilogue.pre = p.pre;
   g.epilogue.pre_stride = p.N;
   g.epilogue.activation = p.activation;
@@ -226,7 +226,7 @@ void block_sparse_int8_fwd(const BlockSparseInt8Params& p) {
     g.c_dtype = p.x.dtype;
     g.is_int8 = true;
     g.int8 = {scale, layout.scale(p.packed), layout.offset(p.packed)};
-    g.epilogue.bias = biased ? bias.get() : nullptr;
+    g.tile_bias = biased ? bias.get() : nullptr;
     g.epilogue.activation = p.activation;
     run_blocks(g, codes, whole, p.w, table);
   });

@@ -51,7 +51,7 @@ void linear_int8_fwd(const LinearInt8Params& p) {
     g.c_dtype = p.x.dtype;
     g.is_int8 = true;
     g.int8 = {scale, layout.scale(p.packed), layout.offset(p.packed)};
-    g.epilogue.bias = biased ? bias.get() : nullptr;
+    g.tile_bias = biased ? bias.get() : nullptr;
     g.epilogue.activation = p.activation;
     run_gemm(g, table);
   });

@@ -18,6 +18,7 @@ from ..ops.block_sparse import (
     values_empty,
 )
 from ..ops.linear import ACTIVATIONS, Activation
+from .tensors import tensor_of
 
 
 class BlockSparseLinear(torch.nn.Module):
@@ -148,7 +149,13 @@ class BlockSparseLinear(torch.nn.Module):
                 f"got shape {tuple(input.shape)}"
             )
         return block_sparse_linear_of_layer(
-            input, self.values, self.columns, self.starts, self.bias, self.out_features, self.activation
+            input,
+            tensor_of(self, "values"),
+            tensor_of(self, "columns"),
+            tensor_of(self, "starts"),
+            tensor_of(self, "bias"),
+            self.out_features,
+            self.activation,
         )
 
     def dense(self) -> Tensor:

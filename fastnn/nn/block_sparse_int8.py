@@ -21,6 +21,7 @@ from ..ops.linear import Activation
 from ..ops.linear_int8 import MAX_FEATURES, dequantize_weight
 from .block_sparse import BlockSparseLinear
 from .quantized import QuantizedLinear
+from .tensors import tensor_of
 
 
 class Int8BlockSparseLinear(QuantizedLinear):
@@ -151,11 +152,10 @@ class Int8BlockSparseLinear(QuantizedLinear):
                 f"fastnn.nn.Int8BlockSparseLinear: input's last dimension must be in_features = {self.in_features}, "
                 f"got shape {tuple(input.shape)}"
             )
-        codes, columns, starts, scale = self.weight, self.columns, self.starts, self.weight_scale
+        codes, columns, starts = tensor_of(self, "weight"), tensor_of(self, "columns"), tensor_of(self, "starts")
+        scale, bias = tensor_of(self, "weight_scale"), tensor_of(self, "bias")
         packed = self.packed.get_blocks(codes, starts, scale)
-        return block_sparse_linear_int8_maybe_packed(
-            input, codes, columns, starts, scale, self.bias, activation, packed
-        )
+        return block_sparse_linear_int8_maybe_packed(input, codes, columns, starts, scale, bias, activation, packed)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the blocks of codes stand for, (out_features, in_features)."""

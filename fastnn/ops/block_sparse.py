@@ -69,6 +69,7 @@ if _extension._C is not None:
     _dispatch.register_raw(OP)
     torch.library.register_fake("fastnn::linear_block_sparse_fwd", linear_block_sparse_fwd_fake, lib=_extension.library)
     torch.library.register_fake("fastnn::linear_block_sparse_bwd", linear_block_sparse_bwd_fake, lib=_extension.library)
+    _fwd = torch.ops.fastnn.linear_block_sparse_fwd.default
 
 
 def strips_of(out_features: int) -> int:
@@ -181,7 +182,7 @@ def _run(
     save_pre: bool,
 ) -> tuple[Tensor, Tensor | None]:
     code = ACTIVATION_CODE[activation]
-    found: tuple[Tensor, Tensor | None] = torch.ops.fastnn.linear_block_sparse_fwd.default(
+    found: tuple[Tensor, Tensor | None] = _fwd(
         input, values.contiguous(), columns, starts, bias, out_features, code, save_pre, True
     )
     return found

@@ -211,7 +211,7 @@ def is_plain(op: str, input: Tensor, bias: Tensor | None) -> bool:
         and input.dim() > 0
         and _dispatch.pick(op, input) == "cpu"
         and (bias is None or bias.is_cpu)
-        and not autocast.active(input)
+        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -14,7 +14,6 @@ void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, 
                   int64_t n0, int64_t columns) {
   constexpr bool kRough = sizeof(T) == 2;
   const Epilogue& e = p.epilogue;
-  const float* const bias = p.is_int8 ? nullptr : e.bias;  // tiles of codes have added it
   for (int64_t i = 0; i < rows; ++i, t += ldt) {
     const int64_t m = m0 + i;
     T* const c = static_cast<T*>(p.c) + m * p.c_stride + n0;
@@ -23,7 +22,7 @@ void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, 
     const float* const addend = e.addend ? e.addend + m * p.c_stride + n0 : nullptr;
     auto finished = [&](int64_t n, auto read, auto write) __attribute__((always_inline)) {
       Vec v = load(t + n);
-      if (bias != nullptr) v += load(bias + n0 + n);
+      if (e.bias != nullptr) v += load(e.bias + n0 + n);
       if (pre != nullptr) write(pre + n, v);
       Vec y = activate<A, kRough>(gate != nullptr ? read(gate + n) : v);
       if (gate != nullptr) y *= v;
@@ -45,10 +44,10 @@ void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, 
   }
 }
 
-// Whether finished tiles are the result already.
+// Whether tiles that add the bias are the result already.
 inline bool is_done(const GemmParams& p, int64_t columns) {
   const Epilogue& e = p.epilogue;
-  return p.is_int8 && p.c_dtype == DType::kFloat32 && e.activation == Activation::kNone &&
+  return p.c_dtype == DType::kFloat32 && e.activation == Activation::kNone && e.bias == nullptr &&
          e.pre == nullptr && e.gate == nullptr && e.addend == nullptr && columns % kStrip == 0;
 }
 

@@ -58,7 +58,7 @@ FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m, int64_t rows,
 
 inline TileScales tile_scales(const GemmParams& p, int64_t m, int64_t n, bool last) {
   if (!p.is_int8) return {};
-  const float* const bias = p.epilogue.bias;
+  const float* const bias = p.tile_bias;
   return {last ? p.int8.row + m : nullptr, p.int8.column + n, bias == nullptr ? bias : bias + n,
           p.int8.offset + n};
 }
@@ -119,7 +119,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
     for (int64_t n0 = n_begin; n0 < n_end; n0 += k.block_columns) {
       const int64_t columns = min_of(k.block_columns, n_end - n0);
       const int64_t strips = (columns + kStrip - 1) / kStrip;
-      const bool done = !k.split_k && is_done(p, columns);
+      const bool done = p.is_int8 && !k.split_k && is_done(p, columns);
       int64_t u0 = 0;
       do {  // once even where K is zero: the result is then the epilogue of zeros
         const int64_t u1 = min_of(u0 + k.block_units, k.units);

@@ -41,6 +41,8 @@ struct GemmParams {
   void* c;
   int64_t c_stride;
   DType c_dtype;
+  const float* tile_bias;  // or null: what tiles of codes and of blocks add, in place of the
+                           // epilogue; readable up to N rounded up to a strip
   Epilogue epilogue;
   bool is_int8;  // a holds bytes: codes plus 128, K of them with padding, a multiple of 4;
   Int8Scales

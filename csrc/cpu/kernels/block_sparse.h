@@ -54,8 +54,16 @@ FASTNN_INLINE void sparse_pack_rows(const T* x, int64_t row_stride, int64_t rows
     const int64_t count = u1 - u < kLanes ? u1 - u : kLanes;
     for (int64_t group = 0; group < tile_rows; group += kLanes) {
       Vec r[kLanes];
+      const T* const corner = x + group * row_stride + k;
+      if (group + kLanes <= rows && left >= kLanes * Dot::kPerUnit && count == kLanes) {
+        FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) r[i] =
+            load_units<Dot>(corner + i * row_stride);
+        transpose(r);
+        FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) store(out + i * tile_rows + group, r[i]);
+        continue;
+      }
       FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) {
-        const T* const row = x + (group + i) * row_stride + k;
+        const T* const row = corner + i * row_stride;
         if (group + i >= rows || left <= 0) {
           r[i] = zero();
         } else if (left >= kLanes * Dot::kPerUnit) {
@@ -114,7 +122,7 @@ struct SparseTile {
   const int32_t* columns;
   int64_t blocks, depth;
   const char* panel;
-  TileScales scales;  // of codes
+  TileScales scales;  // of codes; of the others the bias alone
 };
 
 // A unit of 16 outputs, a part of kLanes of them.
@@ -149,7 +157,7 @@ __attribute__((noinline)) void sparse_tile(const SparseTile& g, float* t, int64_
   constexpr int kChains = kSums <= 2 ? 4 : kSums <= 4 ? 2 : 1;
   const int64_t units = g.depth / Dot::kPerUnit;
   const int64_t block_bytes = units * MR * 4;
-  const int64_t most = Dot::kExact ? g.blocks : Dot::kSumUnits / units;
+  const int64_t most = Dot::kExact ? g.blocks : Dot::kSumUnits >> __builtin_ctzll(units);
   const T* values = static_cast<const T*>(g.values);
   const int32_t* column = g.columns;
   int64_t left = g.blocks;
@@ -198,12 +206,12 @@ __attribute__((noinline)) void sparse_tile(const SparseTile& g, float* t, int64_
       }
     }
     FASTNN_UNROLL for (int v = 0; v < kVecsPerStrip; ++v) {
-      Vec offset, scale, bias;
+      const TileScales& s = g.scales;
+      Vec offset, scale, bias = splat(-0.f);  // -0 changes nothing
+      if (s.bias != nullptr && left == blocks) bias = load(s.bias + v * kLanes);
       if constexpr (Dot::kExact) {
-        const TileScales& s = g.scales;
         offset = (Vec)load_ints(s.offset + v * kLanes);
         scale = load(s.column + v * kLanes);
-        bias = s.bias != nullptr ? load(s.bias + v * kLanes) : splat(-0.f);  // -0 changes nothing
       }
       FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
         Vec sum = sums[0][i][v];
@@ -214,7 +222,7 @@ __attribute__((noinline)) void sparse_tile(const SparseTile& g, float* t, int64_
           const Vec value = __builtin_convertvector(codes, Vec);
           store(at, value * (splat(g.scales.row[i]) * scale) + bias);
         } else {
-          store(at, accumulate ? sum + load(at) : sum);
+          store(at, (accumulate ? sum + load(at) : sum) + bias);
         }
       }
     }
@@ -262,31 +270,35 @@ SparseTileFunction sparse_tile_of(int64_t rows) {
 
 void sparse_fwd(const GemmParams& p, const BlockSparseWeight& w, const float* panel, int64_t begin,
                 int64_t end, int64_t s0, int64_t s1) {
-  alignas(64) float t[kSparseRows * kSparseGroup];
+  alignas(64) float group[kSparseRows * kSparseGroup];
   with_units(w.units, w.dtype, [&](auto dot, auto type) {
     using T = decltype(type);
-    const SparseTileFunction tile = sparse_tile_of<decltype(dot), T>(sparse_tile_rows(end - begin));
+    const int64_t rows = sparse_tile_rows(end - begin);
+    const SparseTileFunction tile = sparse_tile_of<decltype(dot), T>(rows);
+    SparseTile g = {};
+    g.depth = w.depth;
+    g.panel = reinterpret_cast<const char*>(panel);
+    if (p.is_int8) g.scales.row = p.int8.row + begin;
     constexpr int64_t kStrips = kSparseGroup / kStrip;
     for (int64_t s = s0; s < s1; s += kStrips) {
       const int64_t after = s + kStrips < s1 ? s + kStrips : s1;
+      const int64_t n0 = s * kStrip, stop = after * kStrip < p.N ? after * kStrip : p.N;
+      const bool done = rows == end - begin && is_done(p, stop - n0);
+      float* const t = done ? static_cast<float*>(p.c) + begin * p.c_stride + n0 : group;
+      const int64_t ldt = done ? p.c_stride : kSparseGroup;
       for (int64_t i = s; i < after; ++i) {
-        const int64_t first = w.starts[i];
-        SparseTile g = {static_cast<const T*>(w.values) + first * w.depth * kStrip,
-                        w.columns + first,
-                        w.starts[i + 1] - first,
-                        w.depth,
-                        reinterpret_cast<const char*>(panel),
-                        {}};
+        const int64_t first = w.starts[i], n = i * kStrip;
+        g.values = static_cast<const T*>(w.values) + first * w.depth * kStrip;
+        g.columns = w.columns + first;
+        g.blocks = w.starts[i + 1] - first;
+        if (p.tile_bias != nullptr) g.scales.bias = p.tile_bias + n;
         if (p.is_int8) {
-          const int64_t n = i * kStrip;
-          const float* const bias = p.epilogue.bias;
-          g.scales = {p.int8.row + begin, p.int8.column + n, bias == nullptr ? bias : bias + n,
-                      p.int8.offset + n};
+          g.scales.column = p.int8.column + n;
+          g.scales.offset = p.int8.offset + n;
         }
-        tile(g, t + (i - s) * kStrip, kSparseGroup);
+        tile(g, t + (n - n0), ldt);
       }
-      const int64_t n = s * kStrip, stop = after * kStrip < p.N ? after * kStrip : p.N;
-      finish(p, t, kSparseGroup, begin, end - begin, n, stop - n);
+      if (!done) finish(p, t, ldt, begin, end - begin, n0, stop - n0);
     }
   });
 }
