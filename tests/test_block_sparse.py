@@ -107,6 +107,23 @@ def test_what_is_not_kept_takes_no_part(target):
     assert found[:, held[:, column].repeat_interleave(16)[:50]].isnan().all()
 
 
+def test_a_misplaced_block_is_refused():
+    x, (values, columns, starts) = randn(2, 70), blocks()
+    for b in range(len(columns)):
+        for wrong in (-1, 17, 18, int(columns[b - 1]), int(columns[b]), 2**31 - 1, -(2**31)):
+            moved = columns.clone()
+            moved[b] = wrong
+            refused = []
+            for backend in ("reference", "cpu"):
+                try:
+                    with fastnn.use_backend(backend):
+                        run(x, (values, moved, starts))
+                    refused.append(None)
+                except (ValueError, IndexError) as error:
+                    refused.append(type(error))
+            assert (refused[0] is None) == (refused[1] is None), (b, wrong, refused)
+
+
 # ---- gradients
 
 
@@ -161,6 +178,19 @@ def test_layer_trains_saves_and_loads():
     other.load_state_dict(torch.load(file))
     for one in (other, copy.deepcopy(layer), layer.double().float()):
         assert same_bits(one(x), layer(x)) and same_bits(one.dense(), after)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+def test_layer_with_a_parametrized_bias():
+    layer = BlockSparseLinear.from_dense(randn(50, 70), torch.nn.Parameter(randn(50, seed=3)), pattern(50, 70, 4))
+    x = randn(3, 70)
+    torch.nn.utils.parametrize.register_parametrization(layer.requires_grad_(False), "bias", Doubled())
+    parts = layer.values, layer.columns, layer.starts
+    assert same_bits(layer(x), run(x, parts, 2 * randn(50, seed=3)))
 
 
 def test_layer_says_what_does_not_fit():

@@ -20,13 +20,35 @@ def swept(name: str) -> tuple[str, ...]:
 CODES_OP, INT8 = "fastnn/ops/block_sparse_int8.py", "tests/test_block_sparse_int8.py"
 INT8_BITS = (f"{INT8}::test_same_bits_as_plain_pytorch[torch.float32-{{isa}}]",)
 PLAIN, DEEP, LAYER = (cell(f"linear-fp32-{{isa}}-{name}") for name in ("contiguous", "large_magnitude", "one_row"))
+PLACES = (f"{TESTS}::test_a_misplaced_block_is_refused",)
 SPARSE_FAULTS = [
     Fault(
         "block sparse: a strip's sums start again where they are cut",
         KERNEL,
-        "store(at, accumulate ? sum + load(at) : sum);",
-        "store(at, accumulate && ldt < 0 ? sum + load(at) : sum);",
+        "store(at, (accumulate ? sum + load(at) : sum) + bias);",
+        "store(at, (accumulate && ldt < 0 ? sum + load(at) : sum) + bias);",
         swept("wide_long16"),
+    ),
+    Fault(
+        "block sparse: the bias is added where a strip's sums are cut, too",
+        KERNEL,
+        "if (s.bias != nullptr && left == blocks)",
+        "if (s.bias != nullptr)",
+        swept("wide_long16"),
+    ),
+    Fault(
+        "block sparse: a negative column is taken",
+        BINDING,
+        "outside |= (uint32_t)w.columns[b] | (last - (uint32_t)w.columns[b]);",
+        "outside |= last - (uint32_t)w.columns[b];",
+        PLACES,
+    ),
+    Fault(
+        "block sparse: a column may stand twice in a strip",
+        BINDING,
+        "falls += w.columns[b - 1] >= w.columns[b];",
+        "falls += w.columns[b - 1] > w.columns[b];",
+        PLACES,
     ),
     Fault(
         "block sparse: every block reads the first columns of the input",
@@ -115,8 +137,8 @@ SPARSE_FAULTS = [
     Fault(
         "block sparse int8: every strip has the scales of the first",
         KERNEL,
-        "p.int8.column + n, bias",
-        "p.int8.column, bias",
+        "g.scales.column = p.int8.column + n;",
+        "g.scales.column = p.int8.column;",
         INT8_BITS,
     ),
     Fault(
