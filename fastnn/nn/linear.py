@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ops.linear import ACTIVATIONS, Activation, linear_maybe_packed
 from ..ops.packing import PackedWeight
+from .tensors import tensor_of
 
 
 class Linear(torch.nn.Linear):
@@ -49,8 +50,9 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`activation(input @ weight.T + bias)`; input (*, in_features), result (*, out_features)."""
-        packed = None if self.packed is None else self.packed.get(self.weight, self.training)
-        return linear_maybe_packed(input, self.weight, self.bias, self.activation, packed)
+        weight, bias = tensor_of(self, "weight"), tensor_of(self, "bias")
+        packed = None if self.packed is None else self.packed.get(weight, self.training)
+        return linear_maybe_packed(input, weight, bias, self.activation, packed)
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""

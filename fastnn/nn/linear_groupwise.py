@@ -13,6 +13,7 @@ from ..ops.linear import Activation
 from ..ops.linear_groupwise import OP, linear_groupwise_maybe_packed
 from .embedding import check_stored
 from .quantized import QuantizedLinear
+from .tensors import tensor_of
 
 
 class GroupwiseLinear(QuantizedLinear):
@@ -59,10 +60,11 @@ class GroupwiseLinear(QuantizedLinear):
 
     def run(self, input: Tensor, activation: str | None) -> Tensor:
         """As in the base class."""
-        codes, scale, offset = self.weight, self.weight_scale, self.weight_offset
+        codes, scale = tensor_of(self, "weight"), tensor_of(self, "weight_scale")
+        offset, bias = tensor_of(self, "weight_offset"), tensor_of(self, "bias")
         packed = self.packed.get_groups(codes, scale, offset, self.in_features, self.group_size)
         return linear_groupwise_maybe_packed(
-            input, codes, scale, offset, self.bias, self.group_size, self.int8_input, activation, packed
+            input, codes, scale, offset, bias, self.group_size, self.int8_input, activation, packed
         )
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..ops.linear import Activation
 from ..ops.linear_int8 import MAX_FEATURES, dequantize_weight, linear_int8_maybe_packed, quantize_rows
 from .quantized import QuantizedLinear
+from .tensors import tensor_of
 
 
 class Int8Linear(QuantizedLinear):
@@ -72,9 +73,9 @@ class Int8Linear(QuantizedLinear):
 
     def run(self, input: Tensor, activation: str | None) -> Tensor:
         """As in the base class."""
-        codes, scale = self.weight, self.weight_scale
+        codes, scale = tensor_of(self, "weight"), tensor_of(self, "weight_scale")
         packed = self.packed.get_codes(codes, scale)
-        return linear_int8_maybe_packed(input, codes, scale, self.bias, activation, packed)
+        return linear_int8_maybe_packed(input, codes, scale, tensor_of(self, "bias"), activation, packed)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, (out_features, in_features)."""

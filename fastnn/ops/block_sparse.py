@@ -21,7 +21,6 @@ from .linear import (
     check_activation,
     linear_bwd_reference,
 )
-from .linear_int8 import is_plain
 
 OUTPUTS = 16
 """Outputs of a block: the width of a strip of the matrix kernels (csrc/cpu/gemm/params.h)."""
@@ -332,9 +331,9 @@ def block_sparse_linear_of_layer(
 ) -> Tensor:
     """`block_sparse_linear` of tensors that a layer keeps together.
 
-    Without gradients nothing runs but the kernel, which looks at types, shapes and indices itself: a row of 768 by 3072
-    at a density of 0.1 takes 31 us in place of 37.
+    Without gradients nothing runs but the kernel, which looks at types, shapes and indices itself: of a row of 768 by
+    3072 at a density of 0.1, 26 us, that saves 6.
     """
-    if is_plain(OP, input, bias) and input.dtype == values.dtype and values.is_cpu:
+    if _dispatch.is_plain(OP, input, bias) and input.dtype == values.dtype and values.is_cpu:
         return _run(input, values, columns, starts, bias, out_features, activation, False)[0]
     return block_sparse_linear(input, values, columns, starts, bias, out_features=out_features, activation=activation)

@@ -13,7 +13,7 @@ from . import autocast
 from .autocast import cast
 from .block_sparse import OUTPUTS, check_order, check_places, check_tensors, dense_of_blocks, strips_of
 from .linear import ACTIVATION_CODE, ACTIVATIONS, Activation, check_activation
-from .linear_int8 import MAX_FEATURES, check_vectors, dequantize_weight, is_plain, linear_int8_reference
+from .linear_int8 import MAX_FEATURES, check_vectors, dequantize_weight, linear_int8_reference
 
 OP = "linear_block_sparse_int8"
 UNIT = 4
@@ -215,7 +215,7 @@ def block_sparse_linear_int8_maybe_packed(
     packed: Tensor | None,
 ) -> Tensor:
     """`block_sparse_linear_int8` with what a layer keeps of its codes (`fastnn.ops.packing`), where there is that."""
-    if packed is not None and activation in ACTIVATION_CODE and is_plain(OP, input, bias):
+    if packed is not None and activation in ACTIVATION_CODE and _dispatch.is_plain(OP, input, bias):
         # The kernel checks the indices, and the bias's type and shape; packing has checked codes and scale.
         code = ACTIVATION_CODE[activation]
         result: Tensor = _fwd(input, codes, columns, starts, packed, bias, scale.shape[0], code, True)

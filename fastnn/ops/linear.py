@@ -75,6 +75,7 @@ if _extension._C is not None:
     torch.library.register_fake("fastnn::linear_fwd", linear_fwd_fake, lib=_extension.library)
     torch.library.register_fake("fastnn::linear_bwd", linear_bwd_fake, lib=_extension.library)
     torch.library.register_fake("fastnn::linear_packed_fwd", linear_packed_fwd_fake, lib=_extension.library)
+    _packed_fwd = torch.ops.fastnn.linear_packed_fwd.default
 
 
 def linear_reference(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -224,6 +225,12 @@ def linear_maybe_packed(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, packed: Tensor | None
 ) -> Tensor:
     """`linear`, reading the weight from `packed` (`fastnn.ops.packing`) when no gradient is wanted."""
+    if packed is not None and _dispatch.is_plain("linear", input, bias) and activation in ACTIVATION_CODE:
+        # Packing has checked the weight, the kernel checks the bias's type.
+        n, k = weight.shape
+        if input.dtype == weight.dtype and input.shape[-1] == k and (bias is None or tuple(bias.shape) == (n,)):
+            result: Tensor = _packed_fwd(input, packed, bias, n, ACTIVATION_CODE[activation], True)
+            return result
     if isinstance(input, Tensor) and autocast.active(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = cast(input, dtype), cast(weight, dtype), cast(bias, dtype)
@@ -242,8 +249,6 @@ def linear_maybe_packed(
     ):
         return LinearFunction.apply(input, weight, bias, activation, backend)[0]  # type: ignore[no-untyped-call]
     if packed is not None and backend == "cpu":
-        return torch.ops.fastnn.linear_packed_fwd.default(
-            input, packed, bias, weight.shape[0], ACTIVATION_CODE[activation], True
-        )
+        return _packed_fwd(input, packed, bias, weight.shape[0], ACTIVATION_CODE[activation], True)
     fwd = _dispatch.KERNELS["linear"][backend].fwd
     return fwd(input, weight, bias, ACTIVATION_CODE[activation], False, True)[0]

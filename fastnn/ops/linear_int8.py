@@ -198,28 +198,11 @@ def linear_int8(
     return linear_int8_maybe_packed(input, codes, scale, bias, activation, None)
 
 
-def is_plain(op: str, input: Tensor, bias: Tensor | None) -> bool:
-    """Whether a layer's call needs nothing but the kernel of `op`, where the input has the layer's features.
-
-    One row through a layer takes as long as its codes take from memory, and so does Python's own code after they went
-    through the caches: without the checks that packing has made already a call takes 12 us in place of 16.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and isinstance(input, Tensor)
-        and input.layout is torch.strided
-        and input.dim() > 0
-        and _dispatch.pick(op, input) == "cpu"
-        and (bias is None or bias.is_cpu)
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
 def linear_int8_maybe_packed(
     input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, activation: str | None, packed: Tensor | None
 ) -> Tensor:
     """`linear_int8`, reading the weight from `packed` (`fastnn.ops.packing`) where there is one."""
-    plain = packed is not None and activation in ACTIVATION_CODE and is_plain("linear_int8", input, bias)
+    plain = packed is not None and activation in ACTIVATION_CODE and _dispatch.is_plain("linear_int8", input, bias)
     if packed is not None and plain and input.shape[-1] == codes.shape[1]:
         # The kernel checks the bias's type and shape, packing has checked codes and scale.
         result: Tensor = _fwd(input, packed, bias, codes.shape[0], ACTIVATION_CODE[activation], True)
