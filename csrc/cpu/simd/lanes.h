@@ -100,15 +100,18 @@ struct Narrower {
   typedef float Type __attribute__((vector_size(N * 4)));
 };
 // Folds halves onto each other with `op`, which must accept float vectors of any width and floats.
+template <int N, int... I>
+FASTNN_INLINE typename Narrower<N / 2>::Type half_of(typename Narrower<N>::Type v, bool high,
+                                                     std::integer_sequence<int, I...>) {
+  return high ? __builtin_shufflevector(v, v, (N / 2 + I)...) : __builtin_shufflevector(v, v, I...);
+}
 template <int N, class Op>
 FASTNN_INLINE float fold(typename Narrower<N>::Type v, Op op) {
-  typename Narrower<N / 2>::Type low, high;
-  std::memcpy(&low, &v, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
   if constexpr (N == 2) {
-    return op(low[0], high[0]);
+    return op(v[0], v[1]);
   } else {
-    return fold<N / 2>(op(low, high), op);
+    constexpr auto lanes = std::make_integer_sequence<int, N / 2>{};
+    return fold<N / 2>(op(half_of<N>(v, false, lanes), half_of<N>(v, true, lanes)), op);
   }
 }
 template <>
