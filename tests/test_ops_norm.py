@@ -60,6 +60,19 @@ def test_rows_far_from_zero(noise, target):
     assert_within_budget(found, truth, truth.float(), torch.float32, policy.FORWARD_FACTOR)
 
 
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_rows_that_hardly_vary(dtype, target):
+    """One element of a row is the next number: about zero nothing of the variance is left, and no epsilon hides it."""
+    x = torch.linspace(0.7, 900.0, 5).to(dtype)[:, None].repeat(1, 768)
+    x[:, 3] = torch.nextafter(x[:, 3], torch.full((5,), torch.inf, dtype=dtype))
+    for scale in (1.0, 2.0**-4 if dtype == torch.float16 else 2.0**-45):
+        with target.forced():
+            found = layer_norm(x * scale, (768,), eps=0.0)
+        truth = F.layer_norm((x * scale).double(), (768,), eps=0.0)
+        assert_within_budget(found, truth, truth.to(dtype), dtype, policy.FORWARD_FACTOR)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_constant_rows_give_the_bias(dtype):
     bias = tensor(768, dtype=dtype)

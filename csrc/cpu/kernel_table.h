@@ -158,8 +158,10 @@ struct MlpKernels {
 };
 
 struct NormKernels {
-  // Rows [begin, end); weight and bias as neighbouring float32. The rows' sums for the gradients of
-  // weight and bias go to dw and db, where not null.
+  // n neighbouring parameters to the order in which rows of this type take them, in place.
+  void (*norm_order)(DType dtype, float* values, int64_t n);
+  // Rows [begin, end); weight and bias as float32 in that order. The rows' sums for the gradients
+  // of weight and bias go to dw and db, neighbours again, where not null.
   void (*norm_fwd)(const NormParams& p, const float* weight, const float* bias, int64_t begin,
                    int64_t end);
   void (*norm_bwd)(const NormBwdParams& p, const float* weight, int64_t begin, int64_t end,

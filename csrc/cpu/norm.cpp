@@ -14,6 +14,17 @@ namespace {
 constexpr int64_t kGrain = 16384;
 int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, kGrain / columns); }
 
+// A parameter in the order in which the kernels have rows of this type: another than memory's for
+// bfloat16.
+class OrderedParameter : public Parameter {
+ public:
+  OrderedParameter(const KernelTable& table, DType rows, const void* data, int64_t stride,
+                   DType dtype, int64_t n, float missing)
+      : Parameter(table, data, stride, dtype, n, n, missing, rows == DType::kBFloat16) {
+    if (rows == DType::kBFloat16) table.norm_order(rows, copy(), n);
+  }
+};
+
 }  // namespace
 
 void norm_fwd(const NormParams& given) {
@@ -26,8 +37,10 @@ void norm_fwd(const NormParams& given) {
   record_run("norm_fwd", table.isa);
   if (p.rows == 0 || p.columns == 0) return;
   const int64_t n = p.columns, biases = p.rms ? 0 : n;
-  const Parameter weight(table, p.weight, p.weight_stride, p.parameter_dtype, n, n, 1.f);
-  const Parameter bias(table, p.bias, p.bias_stride, p.parameter_dtype, biases, biases, 0.f);
+  const OrderedParameter weight(table, p.dtype, p.weight, p.weight_stride, p.parameter_dtype, n,
+                                1.f);
+  const OrderedParameter bias(table, p.dtype, p.bias, p.bias_stride, p.parameter_dtype, biases,
+                              0.f);
   parallel_for(p.rows, row_grain(p.columns), [&](int64_t begin, int64_t end) {
     table.norm_fwd(p, weight.get(), bias.get(), begin, end);
   });
@@ -41,7 +54,8 @@ void norm_bwd(const NormBwdParams& given) {
   record_run("norm_bwd", table.isa);
   const int64_t n = p.columns;
   if (n == 0) return;
-  const Parameter weight(table, p.weight, p.weight_stride, p.parameter_dtype, n, n, 1.f);
+  const OrderedParameter weight(table, p.dtype, p.weight, p.weight_stride, p.parameter_dtype, n,
+                                1.f);
   if (p.dw == nullptr && p.db == nullptr) {
     parallel_for(p.rows, row_grain(n), [&](int64_t begin, int64_t end) {
       table.norm_bwd(p, weight.get(), begin, end, nullptr, nullptr);

@@ -7,13 +7,13 @@
 
 namespace fastnn {
 
-// A parameter as neighbouring float32: itself, or a copy. `padded` elements, those past n are zero;
-// `missing` everywhere where there is no data.
+// A parameter as neighbouring float32: itself, or a copy, always where `own`. `padded` elements,
+// those past n are zero; `missing` everywhere where there is no data.
 class Parameter {
  public:
   Parameter(const KernelTable& table, const void* data, int64_t stride, DType dtype, int64_t n,
-            int64_t padded, float missing)
-      : in_place_(data != nullptr && dtype == DType::kFloat32 && (stride == 1 || n == 1) &&
+            int64_t padded, float missing, bool own = false)
+      : in_place_(!own && data != nullptr && dtype == DType::kFloat32 && (stride == 1 || n == 1) &&
                   padded == n),
         memory_(in_place_ ? 0 : padded * 4),
         values_(static_cast<const float*>(in_place_ ? data : memory_.get())) {
@@ -27,6 +27,8 @@ class Parameter {
     std::fill(copy + n, copy + padded, 0.f);
   }
   const float* get() const { return values_; }
+  // The copy; null where there is none.
+  float* copy() const { return in_place_ ? nullptr : static_cast<float*>(memory_.get()); }
 
  private:
   bool in_place_;

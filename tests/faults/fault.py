@@ -27,7 +27,7 @@ def cell(*names: str) -> tuple[str, ...]:
 
 SOFTMAX, GEMM = "csrc/cpu/kernels/softmax.h", "csrc/cpu/gemm/gemm.h"
 EPILOGUE = "csrc/cpu/gemm/epilogue.h"
-NORM = "csrc/cpu/kernels/norm.h"
+NORM, NORM_BWD = "csrc/cpu/kernels/norm.h", "csrc/cpu/kernels/norm_bwd.h"
 ACTIVATION = "csrc/cpu/kernels/activation.h"
 MASKED, ROPE = "csrc/cpu/kernels/masked_softmax.h", "csrc/cpu/kernels/rope.h"
 PARAMETERS = "csrc/cpu/parameters.h"

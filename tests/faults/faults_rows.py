@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fault import ACTIVATION, AUTOGRAD, MASKED, NORM, OPS, PARAMETERS, ROPE, SIMD, SOFTMAX, Fault, cell
+from fault import ACTIVATION, AUTOGRAD, MASKED, NORM, NORM_BWD, OPS, PARAMETERS, ROPE, SIMD, SOFTMAX, Fault, cell
 
 NORM_FAULTS = [
     Fault(
         "norm: the variance takes in the lanes past the tail",
         NORM,
-        "d = keep_first(d - p, count);",
-        "d = d - p;",
+        "d[v] = part.keep(d[v] - p);",
+        "d[v] = d[v] - p;",
         cell("norm-fp32-{isa}-tail"),
     ),
     Fault(
@@ -21,17 +21,52 @@ NORM_FAULTS = [
     ),
     Fault(
         "norm: the gradient keeps its mean",
-        NORM,
+        NORM_BWD,
         "kRms ? g : g - mean_g",
         "g",
         cell("norm-bf16-{isa}-contiguous"),
     ),
     Fault(
         "norm: the gradient of the residual sum itself is dropped",
-        NORM,
-        "return d_total == nullptr ? v : v + load_some(d_total + i, count);",
-        "return v;",
+        NORM_BWD,
+        "if (p.d_total != nullptr) {\n    norm_bwd_write",
+        "if (p.rows < 0) {\n    norm_bwd_write",
         cell("norm-fp32-{isa}-contiguous"),
+    ),
+    Fault(
+        "norm: the last rows of an odd count are left out of the gradients",
+        NORM_BWD,
+        "for (; r < end; ++r)",
+        "for (; r < end - 1; ++r)",
+        cell("norm-fp32-{isa}-one_row"),
+    ),
+    Fault(
+        "norm: sums for the gradients stay in the order of pairs",
+        NORM_BWD,
+        "if (sums != nullptr) restore_pairs<T>(sums, p.columns);",
+        "(void)sums;",
+        cell("norm-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "norm: the weight stays in memory's order",
+        "csrc/cpu/norm.cpp",
+        "if (rows == DType::kBFloat16) table.norm_order(rows, copy(), n);",
+        "(void)table;",
+        cell("norm-bf16-{isa}-contiguous"),
+    ),
+    Fault(
+        "norm: a row far from zero is believed its first moments",
+        NORM,
+        "return m.variance() >= 0.125f * m.square;",
+        "return m.square >= 0.f;",
+        ("tests/test_ops_norm.py::test_rows_that_hardly_vary",),
+    ),
+    Fault(
+        "norm: a row far from zero that hardly varies is taken for one near zero",
+        NORM,
+        "first.square + eps < kLeastVariance ? kLargeUnit",
+        "first.variance() + eps < kLeastVariance ? kLargeUnit",
+        ("tests/test_ops_norm.py::test_rows_that_hardly_vary",),
     ),
     Fault(
         "norm: the gradients of weight and bias lose a chunk of rows",
