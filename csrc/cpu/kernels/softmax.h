@@ -6,6 +6,7 @@
 #pragma once
 #include "cpu/kernels/rows.h"
 #include "cpu/simd/math.h"
+#include "cpu/simd/pair.h"
 #include "params/softmax.h"
 
 namespace fastnn {
@@ -206,16 +207,37 @@ constexpr int64_t kFetchedBytes = 256 << 10;
 
 template <bool kStream, bool kLog, class TY, class TX>
 FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n, float scale) {
-  const Vec factor = splat(scale);
+  constexpr bool kDots = kHasBf16Dot && std::is_same_v<TY, BFloat16>;
   const bool fetch = !kStream && n * (int64_t)sizeof(TX) <= kFetchedBytes;
-  const Vec sum = splat(row_sum(n, [=](int64_t i, int count) __attribute__((always_inline)) {
-    if (fetch) __builtin_prefetch(dx + i, 1, 2);
-    const Vec g = load_some(dy + i, count);
-    return kLog ? g : g * load_some(y + i, count);
-  }));
-  row_map<kStream>(dx, n, [=](int64_t i, int count) __attribute__((always_inline)) {
-    return softmax_slope(load_some(dy + i, count), load_some(y + i, count), sum, kLog) * factor;
+  float found[1];
+  part_sums<1>(n, found, [=](int64_t i, auto part, auto& s) __attribute__((always_inline)) {
+    if (fetch) {
+      FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+        __builtin_prefetch(dx + i + v * kLanes, 1, 2);
+      }
+    }
+    if constexpr (kDots && part.kVectors == 2) {
+      s[0][0] = dot_bf16_pairs(s[0][0], packed(dy + i), kLog ? bf16_ones() : packed(y + i));
+      return;
+    }
+    Vec g[part.kVectors], w[part.kVectors];
+    part.get(dy + i, g);
+    part.get(y + i, w);
+    FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+      s[v][0] = kLog ? s[v][0] + g[v] : fma(g[v], w[v], s[v][0]);
+    }
   });
+  const Vec sum = splat(found[0]), factor = splat(scale);
+  each_part<!std::is_same_v<TY, TX>>(0, n,
+                                     [=](int64_t i, auto part) __attribute__((always_inline)) {
+                                       Vec g[part.kVectors], w[part.kVectors];
+                                       part.get(dy + i, g);
+                                       part.get(y + i, w);
+                                       FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
+                                         g[v] = softmax_slope(g[v], w[v], sum, kLog) * factor;
+                                       }
+                                       part.template put<kStream>(dx + i, g);
+                                     });
 }
 
 template <int V, class TY, class TX>
