@@ -48,10 +48,11 @@ constexpr int64_t rope_items(const RopeParams& p) {
   return p.B * (p.by_heads ? rope_heads(p) : (p.S + kRopePositions - 1) / kRopePositions);
 }
 
-// A block's tables are copied where the kernel cannot read them in place: as float32, and when
-// interleaved with an entry for each feature.
+// A block's tables are copied, as float32, where the kernel cannot read them in place: where they
+// are of another 16-bit type than the rows, and when interleaved with an entry for each feature.
 constexpr bool rope_copies_tables(const RopeParams& p) {
-  return p.table_dtype != DType::kFloat32 || (p.interleaved && p.table_width != p.rotary);
+  return (p.table_dtype != DType::kFloat32 && p.table_dtype != p.dtype) ||
+         (p.interleaved && p.table_width != p.rotary);
 }
 constexpr int64_t rope_scratch_floats(const RopeParams& p) {
   return rope_copies_tables(p) ? 2 * kRopePositions * p.rotary : 0;

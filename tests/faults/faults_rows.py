@@ -295,8 +295,8 @@ ROPE_FAULTS = [
     Fault(
         "rope: backward of free tables takes its own entry of the sine",
         ROPE,
-        "angles.sin + (p.inverse ? second : 0);",
-        "angles.sin;",
+        "sin + (p.inverse ? second : 0);",
+        "sin;",
         cell("rope-fp32-{isa}-contiguous"),
     ),
     Fault(

@@ -6,10 +6,10 @@
 namespace fastnn {
 namespace {
 
-// What one position's rows are rotated by.
+// What one position's rows are rotated by: float32, or of the rows' type.
 struct RopeAngles {
-  const float* cos;
-  const float* sin;
+  const void* cos;
+  const void* sin;
 };
 
 // A row of a table as float32, with an entry for each feature where `expand`ed.
@@ -38,7 +38,7 @@ FASTNN_INLINE RopeAngles angles_of(const RopeParams& p, int64_t b, int64_t s, fl
   const char* const cos = table_row(p.cos, p.table_dtype, b, row);
   const char* const sin = table_row(p.sin, p.table_dtype, b, row);
   if (!rope_copies_tables(p)) {
-    return {reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)};
+    return {cos, sin};
   }
   const bool expand = p.interleaved && p.table_width != p.rotary;
   copy_angles(cos, p.table_dtype, p.table_width, expand, copy);
@@ -46,16 +46,19 @@ FASTNN_INLINE RopeAngles angles_of(const RopeParams& p, int64_t b, int64_t s, fl
   return {copy, copy + p.rotary};
 }
 
-template <class T>
+// Tables U of the rows' own type T come in the same order of elements, whichever that is.
+template <class U, class T>
 FASTNN_INLINE void rotate_halves(const RopeParams& p, RopeAngles angles, const T* x, T* y,
                                  bool stream) {
+  constexpr bool kOrdered = !std::is_same_v<T, U>;
   const int64_t half = p.rotary / 2, second = p.table_width == p.rotary ? half : 0;
-  const float* const cos_a = angles.cos;
-  const float* const cos_b = angles.cos + second;
-  const float* const sin_a = angles.sin + (p.inverse ? second : 0);
-  const float* const sin_b = angles.sin + (p.inverse ? 0 : second);
+  const U* const cos_a = static_cast<const U*>(angles.cos);
+  const U* const sin = static_cast<const U*>(angles.sin);
+  const U* const cos_b = cos_a + second;
+  const U* const sin_a = sin + (p.inverse ? second : 0);
+  const U* const sin_b = sin + (p.inverse ? 0 : second);
   const Vec sign = splat(p.inverse ? -1.f : 1.f);
-  each_part<true>(0, half, [=](int64_t i, auto part) __attribute__((always_inline)) {
+  each_part<kOrdered>(0, half, [=](int64_t i, auto part) __attribute__((always_inline)) {
     Vec a[part.kVectors], b[part.kVectors], c[part.kVectors], s[part.kVectors];
     Vec first[part.kVectors], last[part.kVectors];
     part.get(x + i, a);
@@ -75,15 +78,17 @@ FASTNN_INLINE void rotate_halves(const RopeParams& p, RopeAngles angles, const T
   });
 }
 
-template <class T>
+template <class U, class T>
 FASTNN_INLINE void rotate_neighbours(const RopeParams& p, RopeAngles angles, const T* x, T* y,
                                      bool stream) {
+  const U* const cos = static_cast<const U*>(angles.cos);
+  const U* const sin = static_cast<const U*>(angles.sin);
   each_part<true>(
       0, p.rotary, [=, inverse = p.inverse](int64_t i, auto part) __attribute__((always_inline)) {
         Vec a[part.kVectors], c[part.kVectors], s[part.kVectors];
         part.get(x + i, a);
-        part.get(angles.cos + i, c);
-        part.get(angles.sin + i, s);
+        part.get(cos + i, c);
+        part.get(sin + i, s);
         FASTNN_UNROLL for (int v = 0; v < part.kVectors; ++v) {
           const Vec turn = negate_even(s[v]);
           a[v] = fma(a[v], c[v],
@@ -107,7 +112,7 @@ FASTNN_INLINE void keep_rest(const T* x, T* y, int64_t n, bool stream) {
   }
 }
 
-template <class T>
+template <class T, class U>
 void rope_rows(const RopeParams& p, const RopeOperand& o, int64_t b, int64_t begin, int64_t end,
                int64_t head_begin, int64_t head_end, const RopeAngles* angles) {
   const T* const from = static_cast<const T*>(o.x) + b * o.x_batch_stride;
@@ -116,9 +121,9 @@ void rope_rows(const RopeParams& p, const RopeOperand& o, int64_t b, int64_t beg
     const T* const x = from + head * o.x_head_stride + s * o.x_row_stride;
     T* const y = to + head * o.y_head_stride + s * o.y_row_stride;
     if (p.interleaved) {
-      rotate_neighbours(p, angles[s - begin], x, y, o.stream);
+      rotate_neighbours<U>(p, angles[s - begin], x, y, o.stream);
     } else {
-      rotate_halves(p, angles[s - begin], x, y, o.stream);
+      rotate_halves<U>(p, angles[s - begin], x, y, o.stream);
     }
     if (p.rotary < p.D) keep_rest(x + p.rotary, y + p.rotary, p.D - p.rotary, o.stream);
   };
@@ -149,7 +154,9 @@ FASTNN_INLINE void rope_block(const RopeParams& p, int64_t b, int64_t begin, int
     before += o.heads;
     if (first >= last) continue;
     with_type(p.dtype, [&](auto type) {
-      rope_rows<decltype(type)>(p, o, b, begin, end, first, last, angles);
+      using T = decltype(type);
+      const bool floats = p.table_dtype == DType::kFloat32 || rope_copies_tables(p);
+      (floats ? rope_rows<T, float> : rope_rows<T, T>)(p, o, b, begin, end, first, last, angles);
     });
   }
 }
