@@ -22,6 +22,27 @@ X, T = tensor(6, 9), torch.tensor([0, 3, -100, 8, 5, 3])
 SHARES, WEIGHT = torch.softmax(tensor(6, 9, seed=1), 1), torch.rand(9, generator=torch.Generator().manual_seed(2)) + 0.1
 
 
+@pytest.mark.parametrize("target", [target for target in targets() if target.isa], ids=str)
+def test_logits_of_any_size(target):
+    """Exponents of 2 are fused up to 2^20: about there, far beyond, and where 1.44 times a logit is out of range."""
+    spread = torch.linspace(-3, 3, 70).repeat(3, 1)
+    for offset in (0.0, 1000.0, 2.0**20 - 2, 2.0**20 + 2, 1e30, 3e38, -1000.0, -(2.0**20) - 2, -1e30, -3e38):
+        for scale in (1.0, 2.0**18, 2.0**20, 1e30):
+            x, labels = (scale * spread + offset).clamp(-3.4e38, 3.4e38), torch.tensor([69, 68, 0])
+
+            def results(call, dtype, x=x, labels=labels):
+                leaf = x.to(dtype, copy=True).requires_grad_()
+                loss = call(leaf, labels, reduction="none")
+                return loss, torch.autograd.grad(loss.sum(), leaf)[0]
+
+            with target.forced():
+                ours = results(cross_entropy, torch.float32)
+            truth, rival = results(F.cross_entropy, torch.float64), results(F.cross_entropy, torch.float32)
+            factors = policy.FORWARD_FACTOR, policy.GRADIENT_FACTOR
+            for a, b, c, factor in zip(ours, truth, rival, factors, strict=True):
+                assert_within_budget(a, b, c, torch.float32, factor)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("wanted", ["target", "weight", "input target weight"])
 def test_gradients_of_probabilities_and_weights(wanted, reduction):

@@ -8,20 +8,42 @@ CROSS_ENTROPY, ATTENTION = "csrc/cpu/kernels/cross_entropy.h", "csrc/cpu/kernels
 ATTENTION_OPERANDS, ATTENTION_SCORES = "csrc/cpu/kernels/attention_operands.h", "csrc/cpu/kernels/attention_scores.h"
 ATTENTION_BWD = "csrc/cpu/kernels/attention_bwd.h"
 
+LARGE = ("tests/test_ops_cross_entropy.py::test_logits_of_any_size[{isa}]",)
 LOSS_FAULTS = [
     Fault(
         "cross_entropy: the running sum is not rescaled when the maximum rises",
         CROSS_ENTROPY,
-        "      total = total * exp(m - top);\n",
+        "      total = total * power(top - next);\n",
         "",
         ("tests/test_ops_sweep.py::test_sweep_everywhere[cross_entropy-wide_1000-{isa}]",),
     ),
     Fault(
         "cross_entropy: lanes past the last class count as logits of 0",
         CROSS_ENTROPY,
-        "return fill_rest(value(i, count).logit, count, -__builtin_inff());",
-        "return fill_rest(value(i, count).logit, count, 0.f);",
+        "return fill_rest(capped(load_some(x + i, count)).logit, count, -__builtin_inff());",
+        "return fill_rest(capped(load_some(x + i, count)).logit, count, 0.f);",
         cell("cross_entropy-fp32-{isa}-tail"),
+    ),
+    Fault(
+        "cross_entropy: what the maximum's rounding took from the sum is not put back",
+        CROSS_ENTROPY,
+        "fma(lost, splat(-0x1.62e43p-1f), log(splat(sum)))[0]",
+        "log(splat(sum))[0]",
+        LARGE,
+    ),
+    Fault(
+        "cross_entropy: exponents are fused where their rounding passes every bound",
+        CROSS_ENTROPY,
+        "kFusedLimit = 0x1p20f;",
+        "kFusedLimit = 0x1p120f;",
+        LARGE,
+    ),
+    Fault(
+        "cross_entropy: what the rounding of the log-sum took from the softmax is not put back",
+        CROSS_ENTROPY,
+        "return exp2<sizeof(D) == 2>(fma(x, factor, -high) - low);",
+        "return exp2<sizeof(D) == 2>(fma(x, factor, -high));",
+        LARGE,
     ),
     Fault(
         "cross_entropy: ignored rows get a gradient",

@@ -8,6 +8,7 @@
 
 #include "cpu/kernels/rows.h"
 #include "cpu/simd/math.h"
+#include "cpu/simd/pair.h"
 #include "params/cross_entropy.h"
 
 namespace fastnn {
@@ -15,6 +16,14 @@ namespace {
 
 // How the target of a row is spread over the classes.
 enum class TargetKind { kIndex, kSmoothed, kProbabilities };
+
+// e^(x - s) as 2^(x log2(e) - s log2(e)), which takes two thirds of the instructions: what the
+// rounding of s log2(e) changes is put back. For s below this limit, where that rounding is far
+// from 1, and where fma() rounds once.
+constexpr float kLog2E = 1.44269504f, kFusedLimit = 0x1p20f;
+FASTNN_INLINE bool may_fuse(float s) {
+  return kFusedMultiplyAdd && __builtin_fabsf(s) < kFusedLimit;  // not where s is NaN
+}
 
 // One row of logits, softcapped as it is read; beyond its end -inf.
 template <class T, bool kCap>
@@ -30,10 +39,15 @@ struct Logits {
     const Vec h = tanh(v * (1.f / cap));
     return {h * cap, fma(-h, h, splat(1.f))};
   }
-  FASTNN_INLINE Value value(int64_t i, int count) const { return capped(load_some(x + i, count)); }
+  template <class Part, int V>
+  FASTNN_INLINE void get(int64_t i, Part part, Value (&v)[V]) const {
+    Vec raw[V];
+    part.get(x + i, raw);
+    FASTNN_UNROLL for (int k = 0; k < V; ++k) v[k] = capped(raw[k]);
+  }
   FASTNN_INLINE Value value_of_one(int64_t i) const { return capped(splat(to_float(x[i]))); }
   FASTNN_INLINE Vec at(int64_t i, int count) const {
-    return fill_rest(value(i, count).logit, count, -__builtin_inff());
+    return fill_rest(capped(load_some(x + i, count)).logit, count, -__builtin_inff());
   }
 };
 
@@ -41,36 +55,51 @@ struct RowStats {
   float max, log_sum;
 };
 
-// Maximum and log-sum in one pass. The running maximum starts at the lowest finite number, not at
-// -inf: lanes that have seen nothing else then add e^(-inf) = 0 and not NaN. A row of -inf ends
-// with log(0) = -inf and its loss is NaN.
-template <class L>
-FASTNN_INLINE RowStats row_stats(const L& logits, int64_t n) {
-  constexpr int kChains = 4;
-  Vec m = splat(-__FLT_MAX__);
-  Vec total = zero();
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
-    Vec x[kChains];
-    FASTNN_UNROLL for (int k = 0; k < kChains; ++k) x[k] = logits.at(i + k * kLanes, kLanes);
-    const Vec top = max(max(max(x[0], x[1]), max(x[2], x[3])), m);
-    if (any_differs(top, m)) {
-      total = total * exp(m - top);
-      m = top;
+// Maximum and log-sum in one pass. The running maximum starts at a number and not at -inf: lanes
+// that have seen nothing else then add e^(-inf) = 0 and not NaN. A row of -inf ends with
+// log(0) = -inf and its loss is NaN.
+template <bool kFused, class L>
+FASTNN_INLINE RowStats row_stats_of(const L& logits, int64_t n) {
+  const auto scaled = [](auto v) { return kFused ? v * kLog2E : v; };
+  const auto power = [](Vec v) __attribute__((always_inline)) {
+    if constexpr (kFused) return exp2<false>(v);
+    return exp(v);
+  };
+  Vec m = splat(kFused ? -kFusedLimit : -__FLT_MAX__), top = scaled(m), total = zero();
+  const auto add = [&](auto&... x) __attribute__((always_inline)) {
+    Vec highest = m;
+    ((highest = max(x, highest)), ...);
+    if (any_differs(highest, m)) {
+      const Vec next = scaled(highest);
+      total = total * power(top - next);
+      m = highest;
+      top = next;
     }
-    FASTNN_UNROLL for (int k = 0; k < kChains; ++k) x[k] = exp(x[k] - m);
-    total += (x[0] + x[1]) + (x[2] + x[3]);
+    total += (power(kFused ? fma(x, splat(kLog2E), -top) : x - top) + ...);
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    typename L::Value a[2], b[2];
+    logits.get(i, Pair<false>{}, a);
+    logits.get(i + 2 * kLanes, Pair<false>{}, b);
+    add(a[0].logit, a[1].logit, b[0].logit, b[1].logit);
   }
   for (; i < n; i += kLanes) {
-    const int count = n - i < kLanes ? (int)(n - i) : kLanes;
-    const Vec x = logits.at(i, count);
-    const Vec top = max(x, m);
-    total = fma(total, exp(m - top), exp(x - top));
-    m = top;
+    const Vec x = logits.at(i, n - i < kLanes ? (int)(n - i) : kLanes);
+    add(x);
   }
-  const float row_max = max_lanes(m);
-  const float sum = sum_lanes(total * exp(m - row_max));
-  return {row_max, log(splat(sum))[0]};
+  const float row_max = max_lanes(m), row_top = scaled(row_max);
+  const float sum = sum_lanes(total * power(top - row_top));
+  const Vec lost = kFused ? fma(splat(row_max), splat(kLog2E), splat(-row_top)) : zero();
+  return {row_max, fma(lost, splat(-0x1.62e43p-1f), log(splat(sum)))[0]};
+}
+template <class L>
+FASTNN_INLINE RowStats row_stats(const L& logits, int64_t n) {
+  if constexpr (kFusedMultiplyAdd) {
+    const RowStats found = row_stats_of<true>(logits, n);
+    if (may_fuse(found.max)) return found;
+  }
+  return row_stats_of<false>(logits, n);
 }
 
 // The share of the target in classes [i, i + count): 0 beyond, weighted.
@@ -160,28 +189,53 @@ FASTNN_INLINE void cross_entropy_bwd_row(const CrossEntropyBwdParams& b, int64_t
   const float z =
       p.z_loss != 0.f ? 2.f * p.z_loss * (max + log_sum) * b.z_scale[r * b.scale_stride] : 0.f;
   const float softmax_scale = scale * share_sum;
-  // Products rounded alike and then subtracted: where softmax and target agree the gradient is
-  // exactly z's.
-  auto gradient = [&](const typename Logits<T, kCap>::Value& v, Vec share)
-                      __attribute__((always_inline)) {
-                        const Vec e = exp((v.logit - max) - log_sum);
-                        const Vec g = fma(e, splat(z), e * softmax_scale - share * scale);
-                        return kCap ? g * v.slope : g;
-                      };
-  for (int64_t i = first; i < last; i += kLanes) {
-    const int count = last - i < kLanes ? (int)(last - i) : kLanes;
-    Vec share = zero();
-    if constexpr (kKind != TargetKind::kIndex) share = target_share<kKind>(p, q, i, count);
-    store_some(dx + (i - first), gradient(logits.value(i, count), share), count);
-  }
-  if (kKind != TargetKind::kProbabilities && first <= t && t < last) {
-    // The target's own class once more, from its unrounded parts.
-    float own = (1.f - p.label_smoothing) * class_weight(p, t);
-    if constexpr (kKind == TargetKind::kSmoothed) {
-      own += p.label_smoothing / (float)p.classes * class_weight(p, t);
+  using Value = typename Logits<T, kCap>::Value;
+  const auto write = [&](auto softmax) __attribute__((always_inline)) {
+    // Products rounded alike and then subtracted: where softmax and target agree the gradient is
+    // exactly z's.
+    const auto gradient = [&](const Value& v, Vec share) __attribute__((always_inline)) {
+      const Vec e = softmax(v.logit);
+      const Vec g = fma(e, splat(z), e * softmax_scale - share * scale);
+      return kCap ? g * v.slope : g;
+    };
+    // Weights and probabilities come in memory's order.
+    constexpr bool kOrdered = kKind != TargetKind::kIndex || !__is_same(T, D);
+    each_part<kOrdered>(first, last, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      Value v[part.kVectors];
+      Vec g[part.kVectors];
+      logits.get(i, part, v);
+      FASTNN_UNROLL for (int k = 0; k < part.kVectors; ++k) {
+        if constexpr (kKind == TargetKind::kIndex) {  // no share but the target's own, below
+          g[k] = softmax(v[k].logit) * (softmax_scale + z);
+          if constexpr (kCap) g[k] *= v[k].slope;
+        } else {
+          g[k] = gradient(v[k], target_share<kKind>(p, q, i + k * kLanes, part.lanes()));
+        }
+      }
+      part.template put<false>(dx + (i - first), g);
+    });
+    if (kKind != TargetKind::kProbabilities && first <= t && t < last) {
+      // The target's own class once more, from its unrounded parts.
+      float own = (1.f - p.label_smoothing) * class_weight(p, t);
+      if constexpr (kKind == TargetKind::kSmoothed) {
+        own += p.label_smoothing / (float)p.classes * class_weight(p, t);
+      }
+      store_first(dx + (t - first), gradient(logits.value_of_one(t), splat(own)), 1);
     }
-    store_first(dx + (t - first), gradient(logits.value_of_one(t), splat(own)), 1);
+  };
+  const float lse = max + log_sum;
+  if constexpr (kFusedMultiplyAdd) {
+    if (may_fuse(lse)) {
+      // What is lost of max + log_sum, and of it times log2(e).
+      const Vec rest = splat((max - (lse - (lse - max))) + (log_sum - (lse - max)));
+      const Vec factor = splat(kLog2E), high = splat(lse) * factor,
+                low = fma(splat(lse), factor, -high) + rest * factor;
+      return write([=](Vec x) __attribute__((always_inline)) {
+        return exp2<sizeof(D) == 2>(fma(x, factor, -high) - low);
+      });
+    }
   }
+  write([=](Vec x) __attribute__((always_inline)) { return exp((x - max) - log_sum); });
 }
 
 template <class T, bool kCap, TargetKind kKind>

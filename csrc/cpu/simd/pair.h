@@ -73,6 +73,8 @@ struct Pair {
       unpack((IVec)bf16_pairs(v[0], v[1]), v);
     }
   }
+  // Of each vector.
+  FASTNN_INLINE int lanes() const { return kLanes; }
   // Zeros where there are no elements.
   FASTNN_INLINE Vec keep(Vec v) const { return v; }
 
@@ -109,6 +111,7 @@ struct Some {
   FASTNN_INLINE void round(T, Vec (&v)[1]) const {
     v[0] = rounded<T>(v[0]);
   }
+  FASTNN_INLINE int lanes() const { return count; }
   FASTNN_INLINE Vec keep(Vec v) const { return keep_first(v, count); }
   template <bool kStream, class T>
   FASTNN_INLINE void put(T* p, const Vec (&v)[1]) const {
