@@ -44,11 +44,12 @@ void finish_typed(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, 
   }
 }
 
-// Whether tiles that add the bias are the result already.
+// Whether tiles are the result already, which they are added to where it is the addend.
 inline bool is_done(const GemmParams& p, int64_t columns) {
   const Epilogue& e = p.epilogue;
   return p.c_dtype == DType::kFloat32 && e.activation == Activation::kNone && e.bias == nullptr &&
-         e.pre == nullptr && e.gate == nullptr && e.addend == nullptr && columns % kStrip == 0;
+         e.pre == nullptr && e.gate == nullptr && (e.addend == nullptr || e.addend == p.c) &&
+         columns % kStrip == 0;
 }
 
 inline void finish(const GemmParams& p, const float* t, int64_t ldt, int64_t m0, int64_t rows,

@@ -119,7 +119,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
     for (int64_t n0 = n_begin; n0 < n_end; n0 += k.block_columns) {
       const int64_t columns = min_of(k.block_columns, n_end - n0);
       const int64_t strips = (columns + kStrip - 1) / kStrip;
-      const bool done = p.is_int8 && !k.split_k && is_done(p, columns);
+      const bool done = !k.split_k && is_done(p, columns);
       int64_t u0 = 0;
       do {  // once even where K is zero: the result is then the epilogue of zeros
         const int64_t u1 = min_of(u0 + k.block_units, k.units);
@@ -163,7 +163,8 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           }
           if (last) prefetch_output(p, m0 + r0, r1 - r0, n0, columns);
           run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,
-                         {b, strip_floats, kStrip}, t, done ? p.c_stride : ldt, u0 > 0, &ahead,
+                         {b, strip_floats, kStrip}, t, done ? p.c_stride : ldt,
+                         u0 > 0 || (done && p.epilogue.addend != nullptr), &ahead,
                          tile_scales(p, m0 + r0, n0, last), p.M == 1);
           if (last && !done) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
         }
