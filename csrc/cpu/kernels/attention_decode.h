@@ -17,6 +17,8 @@ constexpr int kDecodeRows = 8;  // that share a load at most
 // From so many rows on that share a load, arithmetic takes as long as memory does.
 constexpr int kDecodeShared = 4;
 constexpr int64_t kDecodeAhead = 32768;  // bytes that are then fetched ahead
+// Keys after which float32 sums of other rows take their turn: short enough for V to stay in L1.
+constexpr int64_t kDecodeTurnKeys = 16;
 
 int64_t attention_decode_rows(const AttentionParams& p) {
   return is_decoding(p) ? p.H / p.H_kv * p.S_q : 0;
@@ -47,13 +49,12 @@ using ValueDot = std::conditional_t<kHasBf16Dot && std::is_same_v<T, BFloat16>, 
 template <int kRows, class T>
 using KeyDot = std::conditional_t<(kRows >= kDecodeShared), ValueDot<T>, DotF32>;
 
-// A vector of a row of K or V. How few rows load what memory bounds: bfloat16 keys in float32
-// vectors, float32 in halves. Both read half lines, which the prefetchers of the Zen 4 it was
-// measured on follow better: 84-90 % and 91-97 % of the read bandwidth, 68-75 % and 80-90 % with
-// whole lines.
-template <class Dot, int kRows, class T>
+// A vector of a row of K or V: float32 in halves, and bfloat16 keys in float32 vectors where few
+// rows share them. Both read half lines, which the prefetchers of the Zen 4 it was measured on
+// follow better: 84-90 % and 91-97 % of the read bandwidth, 68-75 % and 80-90 % with whole lines.
+template <class Dot, class T>
 FASTNN_INLINE Vec load_row(const T* at) {
-  if constexpr (kRows < kDecodeShared && std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<T, float>) {
     return load_in_halves(at);
   } else {
     return load_units<Dot>(at);
@@ -110,7 +111,7 @@ FASTNN_INLINE void decode_scores(const float* q, int64_t q_stride, const T* k, i
         }
       };
       for (int64_t f = 0; f < whole; f += kWide)
-        add(f, [](const T* at) __attribute__((always_inline)) { return load_row<Dot, kRows>(at); });
+        add(f, [](const T* at) __attribute__((always_inline)) { return load_row<Dot>(at); });
       if (whole < d) {
         add(whole, [=](const T* at) __attribute__((always_inline)) {
           return load_units_first<Dot>(at, d - whole);
@@ -149,7 +150,7 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
     FASTNN_UNROLL for (int i = 0; i < kVecs; i += kUnit) {
       const T* const at = row + i * kLanes;
       auto of = [&](const T* from) __attribute__((always_inline)) {
-        return i == kVecs - kUnit ? get(from) : load_row<Dot, kRows>(from);
+        return i == kVecs - kUnit ? get(from) : load_row<Dot>(from);
       };
       Vec x[kUnit] = {of(at)};
       if constexpr (kUnit == 2) {
@@ -170,7 +171,7 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
     if (whole < keys) add(whole, get, std::true_type{});
   };
   if (count == kWide) {
-    add_all([](const T* at) __attribute__((always_inline)) { return load_row<Dot, kRows>(at); });
+    add_all([](const T* at) __attribute__((always_inline)) { return load_row<Dot>(at); });
   } else {
     add_all([=](const T* at)
                 __attribute__((always_inline)) { return load_units_first<Dot>(at, count); });
@@ -181,9 +182,8 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
 }
 
 template <int kRows, int kVecs, class T>
-FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_stride,
-                                  int64_t keys, int64_t d, int64_t fetch, float* o,
-                                  int64_t o_stride) {
+FASTNN_INLINE void decode_turn(const float* weights, const T* v, int64_t row_stride, int64_t keys,
+                               int64_t d, int64_t fetch, float* o, int64_t o_stride) {
   constexpr int kWide = kLanes * ValueDot<T>::kPerUnit;
   int64_t f = 0;
   for (; d - f >= kVecs * kLanes; f += kVecs * kLanes, fetch = 0) {
@@ -191,11 +191,31 @@ FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_
   }
   if (f == d) return;
   if constexpr (kVecs * kLanes > kWide) {
-    decode_outputs<kRows, kVecs / 2>(weights, v + f, row_stride, keys, d - f, fetch, o + f,
-                                     o_stride);
+    decode_turn<kRows, kVecs / 2>(weights, v + f, row_stride, keys, d - f, fetch, o + f, o_stride);
   } else {
     decode_output<kRows, kVecs>(weights, v + f, row_stride, keys, (int)(d - f), fetch, o + f,
                                 o_stride);
+  }
+}
+
+// o += weights times V, all its features. As many rows at once as fill the registers with sums of
+// few features of V would read it in pieces that no prefetcher follows: from memory, 15 GB/s of 30.
+// So two rows at once sum up 8 vectors of features, in the order of addresses, and what they read
+// is in L1 when it is the next ones' turn. Pairs of bfloat16 have half as much to read.
+template <int kRows, class T>
+FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_stride,
+                                  int64_t keys, int64_t d, float* o, int64_t o_stride) {
+  constexpr bool kTurns = kRows >= kDecodeShared && ValueDot<T>::kPerUnit == 1;
+  constexpr int kTogether = kTurns ? 2 : kRows;
+  constexpr int64_t kTurnKeys = kTurns ? kDecodeTurnKeys : kDecodeKeys;
+  constexpr int kSums = (kLanes == 16 ? 16 : 8) / kTogether;
+  for (int64_t j = 0; j < keys; j += kTurnKeys) {
+    const int64_t count = keys - j < kTurnKeys ? keys - j : kTurnKeys;
+    for (int g = 0; g < kRows; g += kTogether) {
+      decode_turn<kTogether, (kSums > 8 ? 8 : kSums)>(weights + g * kDecodeKeys + j,
+                                                      v + j * row_stride, row_stride, count, d, d,
+                                                      o + g * o_stride, o_stride);
+    }
   }
 }
 
@@ -269,7 +289,6 @@ FASTNN_INLINE void decode_rows(const AttentionParams& p, int64_t b, int64_t kv_h
   const T* const k = head_data<T>(p.k, b, kv_head);
   const T* const v = head_data<T>(p.v, b, kv_head);
   constexpr bool kPairs = ValueDot<T>::kPerUnit == 2;
-  constexpr int kVecs = (kLanes == 16 ? 16 : 8) / kRows;
   for (int64_t j0 = begin; j0 < end; j0 += kDecodeKeys) {
     const int64_t keys = end - j0 < kDecodeKeys ? end - j0 : kDecodeKeys;
     decode_scores<KeyDot<kRows, T>, kRows>(q, q_stride, k + j0 * p.k.row_stride, p.k.row_stride,
@@ -290,8 +309,7 @@ FASTNN_INLINE void decode_rows(const AttentionParams& p, int64_t b, int64_t kv_h
         for (int64_t j = 0; j < keys; j += kLanes) store(rounded + j, load(row_scores + j));
       }
     }
-    decode_outputs<kRows, (kVecs > 8 ? 8 : kVecs)>(s, v + j0 * p.v.row_stride, p.v.row_stride, keys,
-                                                   p.D_v, p.D_v, out, stride);
+    decode_outputs<kRows>(s, v + j0 * p.v.row_stride, p.v.row_stride, keys, p.D_v, out, stride);
   }
   if constexpr (kPairs) {
     for (int g = 0; g < kRows; ++g) {
