@@ -12,11 +12,13 @@ namespace fastnn {
 namespace {
 
 // Keys of a block: long runs of K, then of V, keep the hardware's prefetching streams alive.
-constexpr int64_t kDecodeKeys = 256;
-constexpr int kDecodeRows = 8;  // that share a load at most
+constexpr int64_t kDecodeKeys = 1024;
+constexpr int64_t kScoreStride = kDecodeKeys + kStrip;  // of a row's; no multiple of 4 KiB
+constexpr int kDecodeRows = 8;                          // that share a load at most
 // From so many rows on that share a load, arithmetic takes as long as memory does.
 constexpr int kDecodeShared = 4;
-constexpr int64_t kDecodeAhead = 32768;  // bytes that are then fetched ahead
+constexpr int64_t kDecodeAhead = 32768;     // bytes that are then fetched ahead
+constexpr int64_t kDecodeSharedKeys = 256;  // of a block then: 1024 lose up to 10 %
 // Keys after which float32 sums of other rows take their turn: short enough for V to stay in L1.
 constexpr int64_t kDecodeTurnKeys = 16;
 
@@ -27,7 +29,7 @@ inline int64_t decode_features(const AttentionParams& p) { return round_up(p.D_v
 // Of one row of one part: its output, maximum and sum.
 int64_t attention_decode_floats(const AttentionParams& p) { return decode_features(p) + kStrip; }
 int64_t attention_decode_scratch(const AttentionParams& p) {
-  return kDecodeRows * (padded_features(p.D) + kDecodeKeys + kLanes);
+  return kDecodeRows * (padded_features(p.D) + kScoreStride + kLanes);
 }
 
 // A row's head and position.
@@ -79,7 +81,7 @@ FASTNN_INLINE void pack_decode_query(const T* x, int64_t d, float* out) {
   if (f < d) store(out, load_units_first<Dot>(x + f, d - f));
 }
 
-// Scores s [row][kDecodeKeys] of `keys` keys, times scale: keys in the lanes, kLanes / kRows keys
+// Scores s [row][kScoreStride] of `keys` keys, times scale: keys in the lanes, kLanes / kRows keys
 // at once. A score is the same sum whatever kRows is.
 template <class Dot, int kRows, class T>
 FASTNN_INLINE void decode_scores(const float* q, int64_t q_stride, const T* k, int64_t row_stride,
@@ -121,17 +123,17 @@ FASTNN_INLINE void decode_scores(const float* q, int64_t q_stride, const T* k, i
     if constexpr (kRows * kGroup == kLanes) {
       const Vec total = sum_each(sums) * scale;
       FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
-        std::memcpy(s + g * kDecodeKeys + j, reinterpret_cast<const float*>(&total) + g * kGroup,
+        std::memcpy(s + g * kScoreStride + j, reinterpret_cast<const float*>(&total) + g * kGroup,
                     kGroup * 4);
       }
     } else {
-      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) s[g * kDecodeKeys + j] =
+      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) s[g * kScoreStride + j] =
           sum_lanes(sums[g]) * scale;
     }
   }
 }
 
-// o [row][o_stride] += weights [row][kDecodeKeys] (in pairs of keys where products take pairs)
+// o [row][o_stride] += weights [row][kScoreStride] (in pairs of keys where products take pairs)
 // times V, for kVecs vectors of features; of the last ones, kWide together, `count` exist. Pairs
 // leave the features in interleave_halves' order. `fetch` features of each row are fetched ahead.
 template <int kRows, int kVecs, class T>
@@ -159,7 +161,7 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
         x[0] = interleave_halves<false>(x[0], odd);
       }
       FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
-        const Vec w = splat(weights[g * kDecodeKeys + j / kUnit]);
+        const Vec w = splat(weights[g * kScoreStride + j / kUnit]);
         FASTNN_UNROLL for (int n = 0; n < kUnit; ++n) sums[g][i + n] =
             Dot::dot(sums[g][i + n], x[n], w);
       }
@@ -212,7 +214,7 @@ FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_
   for (int64_t j = 0; j < keys; j += kTurnKeys) {
     const int64_t count = keys - j < kTurnKeys ? keys - j : kTurnKeys;
     for (int g = 0; g < kRows; g += kTogether) {
-      decode_turn<kTogether, (kSums > 8 ? 8 : kSums)>(weights + g * kDecodeKeys + j,
+      decode_turn<kTogether, (kSums > 8 ? 8 : kSums)>(weights + g * kScoreStride + j,
                                                       v + j * row_stride, row_stride, count, d, d,
                                                       o + g * o_stride, o_stride);
     }
@@ -289,13 +291,14 @@ FASTNN_INLINE void decode_rows(const AttentionParams& p, int64_t b, int64_t kv_h
   const T* const k = head_data<T>(p.k, b, kv_head);
   const T* const v = head_data<T>(p.v, b, kv_head);
   constexpr bool kPairs = ValueDot<T>::kPerUnit == 2;
-  for (int64_t j0 = begin; j0 < end; j0 += kDecodeKeys) {
-    const int64_t keys = end - j0 < kDecodeKeys ? end - j0 : kDecodeKeys;
+  constexpr int64_t kBlock = kRows >= kDecodeShared ? kDecodeSharedKeys : kDecodeKeys;
+  for (int64_t j0 = begin; j0 < end; j0 += kBlock) {
+    const int64_t keys = end - j0 < kBlock ? end - j0 : kBlock;
     decode_scores<KeyDot<kRows, T>, kRows>(q, q_stride, k + j0 * p.k.row_stride, p.k.row_stride,
                                            p.D, keys, p.scale, s);
     for (int g = 0; g < kRows; ++g) {
       float* const o = out + g * stride;
-      float* const row_scores = s + g * kDecodeKeys;
+      float* const row_scores = s + g * kScoreStride;
       finish_row(p, b, rows[g], j0, keys, row_scores);
       float* const row_max = o + stride - kStrip;
       const float correction = decode_weights(row_scores, keys, row_max, row_max + 1);
