@@ -12,11 +12,15 @@ namespace fastnn {
 namespace {
 
 // Keys of a block: long runs of K, then of V, keep the hardware's prefetching streams alive.
-constexpr int64_t kDecodeKeys = 256;
-constexpr int kDecodeRows = 8;  // that share a load at most
+constexpr int64_t kDecodeKeys = 1024;
+constexpr int64_t kScoreStride = kDecodeKeys + kStrip;  // of a row's; no multiple of 4 KiB
+constexpr int kDecodeRows = 8;                          // that share a load at most
 // From so many rows on that share a load, arithmetic takes as long as memory does.
 constexpr int kDecodeShared = 4;
-constexpr int64_t kDecodeAhead = 32768;  // bytes that are then fetched ahead
+constexpr int64_t kDecodeAhead = 32768;     // bytes that are then fetched ahead
+constexpr int64_t kDecodeSharedKeys = 256;  // of a block then: 1024 lose up to 10 %
+// Keys after which float32 sums of other rows take their turn: short enough for V to stay in L1.
+constexpr int64_t kDecodeTurnKeys = 16;
 
 int64_t attention_decode_rows(const AttentionParams& p) {
   return is_decoding(p) ? p.H / p.H_kv * p.S_q : 0;
@@ -25,7 +29,7 @@ inline int64_t decode_features(const AttentionParams& p) { return round_up(p.D_v
 // Of one row of one part: its output, maximum and sum.
 int64_t attention_decode_floats(const AttentionParams& p) { return decode_features(p) + kStrip; }
 int64_t attention_decode_scratch(const AttentionParams& p) {
-  return kDecodeRows * (padded_features(p.D) + kDecodeKeys + kLanes);
+  return kDecodeRows * (padded_features(p.D) + kScoreStride + kLanes);
 }
 
 // A row's head and position.
@@ -47,13 +51,12 @@ using ValueDot = std::conditional_t<kHasBf16Dot && std::is_same_v<T, BFloat16>, 
 template <int kRows, class T>
 using KeyDot = std::conditional_t<(kRows >= kDecodeShared), ValueDot<T>, DotF32>;
 
-// A vector of a row of K or V. How few rows load what memory bounds: bfloat16 keys in float32
-// vectors, float32 in halves. Both read half lines, which the prefetchers of the Zen 4 it was
-// measured on follow better: 84-90 % and 91-97 % of the read bandwidth, 68-75 % and 80-90 % with
-// whole lines.
-template <class Dot, int kRows, class T>
+// A vector of a row of K or V: float32 in halves, and bfloat16 keys in float32 vectors where few
+// rows share them. Both read half lines, which the prefetchers of the Zen 4 it was measured on
+// follow better: 84-90 % and 91-97 % of the read bandwidth, 68-75 % and 80-90 % with whole lines.
+template <class Dot, class T>
 FASTNN_INLINE Vec load_row(const T* at) {
-  if constexpr (kRows < kDecodeShared && std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<T, float>) {
     return load_in_halves(at);
   } else {
     return load_units<Dot>(at);
@@ -78,7 +81,7 @@ FASTNN_INLINE void pack_decode_query(const T* x, int64_t d, float* out) {
   if (f < d) store(out, load_units_first<Dot>(x + f, d - f));
 }
 
-// Scores s [row][kDecodeKeys] of `keys` keys, times scale: keys in the lanes, kLanes / kRows keys
+// Scores s [row][kScoreStride] of `keys` keys, times scale: keys in the lanes, kLanes / kRows keys
 // at once. A score is the same sum whatever kRows is.
 template <class Dot, int kRows, class T>
 FASTNN_INLINE void decode_scores(const float* q, int64_t q_stride, const T* k, int64_t row_stride,
@@ -110,7 +113,7 @@ FASTNN_INLINE void decode_scores(const float* q, int64_t q_stride, const T* k, i
         }
       };
       for (int64_t f = 0; f < whole; f += kWide)
-        add(f, [](const T* at) __attribute__((always_inline)) { return load_row<Dot, kRows>(at); });
+        add(f, [](const T* at) __attribute__((always_inline)) { return load_row<Dot>(at); });
       if (whole < d) {
         add(whole, [=](const T* at) __attribute__((always_inline)) {
           return load_units_first<Dot>(at, d - whole);
@@ -120,17 +123,17 @@ FASTNN_INLINE void decode_scores(const float* q, int64_t q_stride, const T* k, i
     if constexpr (kRows * kGroup == kLanes) {
       const Vec total = sum_each(sums) * scale;
       FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
-        std::memcpy(s + g * kDecodeKeys + j, reinterpret_cast<const float*>(&total) + g * kGroup,
+        std::memcpy(s + g * kScoreStride + j, reinterpret_cast<const float*>(&total) + g * kGroup,
                     kGroup * 4);
       }
     } else {
-      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) s[g * kDecodeKeys + j] =
+      FASTNN_UNROLL for (int g = 0; g < kRows; ++g) s[g * kScoreStride + j] =
           sum_lanes(sums[g]) * scale;
     }
   }
 }
 
-// o [row][o_stride] += weights [row][kDecodeKeys] (in pairs of keys where products take pairs)
+// o [row][o_stride] += weights [row][kScoreStride] (in pairs of keys where products take pairs)
 // times V, for kVecs vectors of features; of the last ones, kWide together, `count` exist. Pairs
 // leave the features in interleave_halves' order. `fetch` features of each row are fetched ahead.
 template <int kRows, int kVecs, class T>
@@ -149,7 +152,7 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
     FASTNN_UNROLL for (int i = 0; i < kVecs; i += kUnit) {
       const T* const at = row + i * kLanes;
       auto of = [&](const T* from) __attribute__((always_inline)) {
-        return i == kVecs - kUnit ? get(from) : load_row<Dot, kRows>(from);
+        return i == kVecs - kUnit ? get(from) : load_row<Dot>(from);
       };
       Vec x[kUnit] = {of(at)};
       if constexpr (kUnit == 2) {
@@ -158,7 +161,7 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
         x[0] = interleave_halves<false>(x[0], odd);
       }
       FASTNN_UNROLL for (int g = 0; g < kRows; ++g) {
-        const Vec w = splat(weights[g * kDecodeKeys + j / kUnit]);
+        const Vec w = splat(weights[g * kScoreStride + j / kUnit]);
         FASTNN_UNROLL for (int n = 0; n < kUnit; ++n) sums[g][i + n] =
             Dot::dot(sums[g][i + n], x[n], w);
       }
@@ -170,7 +173,7 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
     if (whole < keys) add(whole, get, std::true_type{});
   };
   if (count == kWide) {
-    add_all([](const T* at) __attribute__((always_inline)) { return load_row<Dot, kRows>(at); });
+    add_all([](const T* at) __attribute__((always_inline)) { return load_row<Dot>(at); });
   } else {
     add_all([=](const T* at)
                 __attribute__((always_inline)) { return load_units_first<Dot>(at, count); });
@@ -181,9 +184,8 @@ FASTNN_INLINE void decode_output(const float* weights, const T* v, int64_t row_s
 }
 
 template <int kRows, int kVecs, class T>
-FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_stride,
-                                  int64_t keys, int64_t d, int64_t fetch, float* o,
-                                  int64_t o_stride) {
+FASTNN_INLINE void decode_turn(const float* weights, const T* v, int64_t row_stride, int64_t keys,
+                               int64_t d, int64_t fetch, float* o, int64_t o_stride) {
   constexpr int kWide = kLanes * ValueDot<T>::kPerUnit;
   int64_t f = 0;
   for (; d - f >= kVecs * kLanes; f += kVecs * kLanes, fetch = 0) {
@@ -191,11 +193,31 @@ FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_
   }
   if (f == d) return;
   if constexpr (kVecs * kLanes > kWide) {
-    decode_outputs<kRows, kVecs / 2>(weights, v + f, row_stride, keys, d - f, fetch, o + f,
-                                     o_stride);
+    decode_turn<kRows, kVecs / 2>(weights, v + f, row_stride, keys, d - f, fetch, o + f, o_stride);
   } else {
     decode_output<kRows, kVecs>(weights, v + f, row_stride, keys, (int)(d - f), fetch, o + f,
                                 o_stride);
+  }
+}
+
+// o += weights times V, all its features. As many rows at once as fill the registers with sums of
+// few features of V would read it in pieces that no prefetcher follows: from memory, 15 GB/s of 30.
+// So two rows at once sum up 8 vectors of features, in the order of addresses, and what they read
+// is in L1 when it is the next ones' turn. Pairs of bfloat16 have half as much to read.
+template <int kRows, class T>
+FASTNN_INLINE void decode_outputs(const float* weights, const T* v, int64_t row_stride,
+                                  int64_t keys, int64_t d, float* o, int64_t o_stride) {
+  constexpr bool kTurns = kRows >= kDecodeShared && ValueDot<T>::kPerUnit == 1;
+  constexpr int kTogether = kTurns ? 2 : kRows;
+  constexpr int64_t kTurnKeys = kTurns ? kDecodeTurnKeys : kDecodeKeys;
+  constexpr int kSums = (kLanes == 16 ? 16 : 8) / kTogether;
+  for (int64_t j = 0; j < keys; j += kTurnKeys) {
+    const int64_t count = keys - j < kTurnKeys ? keys - j : kTurnKeys;
+    for (int g = 0; g < kRows; g += kTogether) {
+      decode_turn<kTogether, (kSums > 8 ? 8 : kSums)>(weights + g * kScoreStride + j,
+                                                      v + j * row_stride, row_stride, count, d, d,
+                                                      o + g * o_stride, o_stride);
+    }
   }
 }
 
@@ -269,14 +291,14 @@ FASTNN_INLINE void decode_rows(const AttentionParams& p, int64_t b, int64_t kv_h
   const T* const k = head_data<T>(p.k, b, kv_head);
   const T* const v = head_data<T>(p.v, b, kv_head);
   constexpr bool kPairs = ValueDot<T>::kPerUnit == 2;
-  constexpr int kVecs = (kLanes == 16 ? 16 : 8) / kRows;
-  for (int64_t j0 = begin; j0 < end; j0 += kDecodeKeys) {
-    const int64_t keys = end - j0 < kDecodeKeys ? end - j0 : kDecodeKeys;
+  constexpr int64_t kBlock = kRows >= kDecodeShared ? kDecodeSharedKeys : kDecodeKeys;
+  for (int64_t j0 = begin; j0 < end; j0 += kBlock) {
+    const int64_t keys = end - j0 < kBlock ? end - j0 : kBlock;
     decode_scores<KeyDot<kRows, T>, kRows>(q, q_stride, k + j0 * p.k.row_stride, p.k.row_stride,
                                            p.D, keys, p.scale, s);
     for (int g = 0; g < kRows; ++g) {
       float* const o = out + g * stride;
-      float* const row_scores = s + g * kDecodeKeys;
+      float* const row_scores = s + g * kScoreStride;
       finish_row(p, b, rows[g], j0, keys, row_scores);
       float* const row_max = o + stride - kStrip;
       const float correction = decode_weights(row_scores, keys, row_max, row_max + 1);
@@ -290,8 +312,7 @@ FASTNN_INLINE void decode_rows(const AttentionParams& p, int64_t b, int64_t kv_h
         for (int64_t j = 0; j < keys; j += kLanes) store(rounded + j, load(row_scores + j));
       }
     }
-    decode_outputs<kRows, (kVecs > 8 ? 8 : kVecs)>(s, v + j0 * p.v.row_stride, p.v.row_stride, keys,
-                                                   p.D_v, p.D_v, out, stride);
+    decode_outputs<kRows>(s, v + j0 * p.v.row_stride, p.v.row_stride, keys, p.D_v, out, stride);
   }
   if constexpr (kPairs) {
     for (int g = 0; g < kRows; ++g) {
