@@ -57,7 +57,7 @@ NORM_FAULTS = [
     Fault(
         "norm: a row far from zero is believed its first moments",
         NORM,
-        "return m.variance() >= 0.125f * m.square;",
+        "return m.variance() >= share * m.square;",
         "return m.square >= 0.f;",
         ("tests/test_ops_norm.py::test_rows_that_hardly_vary",),
     ),

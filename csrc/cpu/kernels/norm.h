@@ -104,9 +104,11 @@ FASTNN_INLINE float mean_of_first(const Row& row, int64_t n, float unit) {
   return n < kLanes ? v[0][0] : sum_lanes(v[0]) * (1.f / kLanes);
 }
 
-// Whether the moments were taken near enough to the mean: with more than an eighth, the difference
-// of the two would lose digits.
-FASTNN_INLINE bool near_enough(const Moments& m) { return m.variance() >= 0.125f * m.square; }
+// Whether the moments were taken near enough to the mean: the variance is their difference, and
+// its error that of the square. For rows of bfloat16 an eighth of it will do.
+FASTNN_INLINE bool near_enough(const Moments& m, float share = 0.5f) {
+  return m.variance() >= share * m.square;
+}
 
 template <bool kRms, class Row>
 __attribute__((noinline)) Normaliser normaliser_again(const Row& row, int64_t n, float eps,
@@ -136,7 +138,7 @@ FASTNN_INLINE Normaliser normaliser(const Row& row, int64_t n, float eps) {
   const float pivot = kRms || kDots ? 0.f : mean_of_first(row, n, 1.f);
   const Moments m = row_moments<kRms, false, kDots>(row, n, pivot, 1.f);
   const float variance = m.variance();
-  const bool good = m.square <= __FLT_MAX__ && near_enough(m);
+  const bool good = m.square <= __FLT_MAX__ && near_enough(m, kDots ? 0.125f : 0.5f);
   if (__builtin_expect(!good || variance + eps < kLeastVariance, 0)) {
     return normaliser_again<kRms>(row, n, eps, m);
   }
@@ -208,8 +210,8 @@ FASTNN_INLINE void norm_fwd_group(const NormParams& p, const float* weight, cons
   }
 }
 
-// Rows of more bytes go one by one: two of float32 are slower by a fifth, and what goes by rows is
-// nothing by then.
+// Longer rows go one by one: two of float32 are slower by a fifth, and the latency of a row's sums
+// and its square root, which two share, is nothing by then.
 constexpr int64_t kTogetherBytes = 64 << 10;
 
 template <class T, bool kAdd, bool kRms>
