@@ -102,9 +102,7 @@ class BlockSparseLinearInt8Function(torch.autograd.Function):
         """Runs the forward kernel."""
         ctx.save_for_backward(codes, columns, starts, scale)
         ctx.in_features, ctx.bias_dtype = input.shape[-1], None if bias is None else bias.dtype
-        result: Tensor = torch.ops.fastnn.linear_block_sparse_int8_fwd.default(
-            input, codes, columns, starts, packed, bias, scale.shape[0], 0, True
-        )
+        result: Tensor = _fwd(input, codes, columns, starts, packed, bias, scale.shape[0], 0, True)
         return result
 
     @staticmethod
@@ -237,7 +235,5 @@ def block_sparse_linear_int8_maybe_packed(
         found = BlockSparseLinearInt8Function.apply(input, bias, codes, columns, starts, scale, packed)  # type: ignore[no-untyped-call]
         return ACTIVATIONS[activation](found)
     code = ACTIVATION_CODE[activation]
-    result = torch.ops.fastnn.linear_block_sparse_int8_fwd.default(
-        input, codes, columns, starts, packed, bias, scale.shape[0], code, True
-    )
+    result = _fwd(input, codes, columns, starts, packed, bias, scale.shape[0], code, True)
     return result

@@ -116,7 +116,7 @@ class LinearInt8Function(torch.autograd.Function):
         """Runs the forward kernel."""
         ctx.save_for_backward(codes, scale)
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
-        result: Tensor = torch.ops.fastnn.linear_int8_fwd.default(input, packed, bias, codes.shape[0], 0, True)
+        result: Tensor = _fwd(input, packed, bias, codes.shape[0], 0, True)
         return result
 
     @staticmethod
@@ -221,5 +221,5 @@ def linear_int8_maybe_packed(
         result = LinearInt8Function.apply(input, packed, codes, scale, bias)  # type: ignore[no-untyped-call]
         return ACTIVATIONS[activation](result)
     code = ACTIVATION_CODE[activation]
-    found: Tensor = torch.ops.fastnn.linear_int8_fwd.default(input, packed, bias, codes.shape[0], code, True)
+    found: Tensor = _fwd(input, packed, bias, codes.shape[0], code, True)
     return found
