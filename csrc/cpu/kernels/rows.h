@@ -6,47 +6,29 @@
 namespace fastnn {
 namespace {
 
-// N sums over a row at once: f(i, count, sums) adds the terms of elements [i, i + count), nothing
-// in the other lanes. Four chains hide the latency; each block starts from zero, and long rows have
-// 64 blocks, so that rounding errors grow with a block's length and the number of blocks and not
-// with the row's length.
-template <int N>
-struct RowSums {
-  float sum[N];
-};
-template <int N, class F>
-FASTNN_INLINE RowSums<N> row_sums(int64_t n, F f) {
+// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes. Four
+// chains hide the latency; each block starts from zero, and long rows have 64 blocks, so that
+// rounding errors grow with a block's length and the number of blocks and not with the row's
+// length.
+template <class F>
+FASTNN_INLINE float row_sum(int64_t n, F f) {
   constexpr int64_t kLeast = 64 * kLanes, kStep = 4 * kLanes;
   const int64_t block = n <= 64 * kLeast ? kLeast : n / 64 / kStep * kStep;
-  Vec total[N];
-  FASTNN_UNROLL for (int t = 0; t < N; ++t) total[t] = zero();
+  Vec total = zero();
   int64_t i = 0;
   while (i + 4 * kLanes <= n) {
     const int64_t stop = i + block < n ? i + block : n;
-    Vec s[4][N];
-    FASTNN_UNROLL for (int k = 0; k < 4; ++k) {
-      FASTNN_UNROLL for (int t = 0; t < N; ++t) s[k][t] = zero();
-    }
+    Vec s[4] = {zero(), zero(), zero(), zero()};
     for (; i + 4 * kLanes <= stop; i += 4 * kLanes) {
-      FASTNN_UNROLL for (int k = 0; k < 4; ++k) f(i + k * kLanes, kLanes, s[k]);
+      FASTNN_UNROLL for (int k = 0; k < 4; ++k) s[k] += f(i + k * kLanes, kLanes);
     }
-    FASTNN_UNROLL for (int t = 0; t < N; ++t) {
-      total[t] += (s[0][t] + s[1][t]) + (s[2][t] + s[3][t]);
-    }
+    total += (s[0] + s[1]) + (s[2] + s[3]);
   }
-  for (; i < n; i += kLanes) f(i, n - i < kLanes ? (int)(n - i) : kLanes, total);
-  RowSums<N> found;
-  FASTNN_UNROLL for (int t = 0; t < N; ++t) found.sum[t] = sum_lanes(total[t]);
-  return found;
-}
-
-// Sum over a row of f(i, count), the terms of elements [i, i + count) in the first lanes.
-template <class F>
-FASTNN_INLINE float row_sum(int64_t n, F f) {
-  return row_sums<1>(n,
-                     [=](int64_t i, int count, Vec(&s)[1])
-                         __attribute__((always_inline)) { s[0] += keep_first(f(i, count), count); })
-      .sum[0];
+  for (; i < n; i += kLanes) {
+    const int count = n - i < kLanes ? (int)(n - i) : kLanes;
+    total += keep_first(f(i, count), count);
+  }
+  return sum_lanes(total);
 }
 
 template <bool kStream, class T>

@@ -168,7 +168,7 @@ inline void restore_pairs<BFloat16>(float* values, int64_t n) {
   }
 }
 
-// N sums over a row at once, as row_sums (kernels/rows.h) has them: f(i, part, sums) adds the terms
+// N sums over a row at once, by blocks as row_sum (kernels/rows.h): f(i, part, sums) adds the terms
 // of a part to the sums of each of its vectors, nothing for lanes without an element.
 template <int N, class F>
 FASTNN_INLINE void part_sums(int64_t n, float (&sum)[N], F f) {
