@@ -61,7 +61,7 @@ FASTNN_INLINE void add_dots(Vec& sum, Vec codes, const char* p) {
       : "+v"(sum)
       : "v"(codes), "m"(*reinterpret_cast<const Quad*>(p)));
 #else
-  sum = Codes::dot(sum, codes, splat(load_unit(p)));
+  sum = Codes::dot(sum, codes, splat_unit<DotInt8>(p));
 #endif
 }
 

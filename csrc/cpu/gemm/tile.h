@@ -20,12 +20,6 @@ constexpr int tile_strips(int rows) {
 }
 constexpr int kMaxTileStrips = 4;
 
-FASTNN_INLINE float load_unit(const char* p) {
-  float unit;
-  std::memcpy(&unit, p, sizeof unit);
-  return unit;
-}
-
 // Where B lies: unit u of strip s at data + s * strip_floats + u * unit_floats. Packed strips have
 // unit_floats = kStrip; a plain row-major matrix has strip_floats = kStrip and its row stride.
 struct Strips {
@@ -87,7 +81,7 @@ __attribute__((noinline)) void tile(int64_t units, const char* a, int64_t row_by
         column[v] = load(b + v / kVecsPerStrip * strip_floats + v % kVecsPerStrip * kLanes);
       }
       FASTNN_UNROLL for (int i = 0; i < MR; ++i) {
-        const Vec row = splat(load_unit(a + i * row_bytes));
+        const Vec row = splat_unit<Dot>(a + i * row_bytes);
         FASTNN_UNROLL for (int v = 0; v < NV; ++v) to[i][v] = Dot::dot(to[i][v], row, column[v]);
       }
       FASTNN_UNROLL for (int line = 0; line < kFetch; ++line) {

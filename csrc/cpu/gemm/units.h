@@ -66,6 +66,21 @@ struct DotInt8 {
 
 FASTNN_INLINE int64_t units_of(int64_t K, int per_unit) { return (K + per_unit - 1) / per_unit; }
 
+// The unit at p in all lanes. As an integer where its dot product is one of integers: that of int8
+// codes waits for a float broadcast, which takes a third of its speed.
+template <class Dot>
+FASTNN_INLINE Vec splat_unit(const char* p) {
+  if constexpr (Dot::kPerUnit == 1) {
+    float unit;
+    std::memcpy(&unit, p, sizeof unit);
+    return splat(unit);
+  } else {
+    int32_t unit;
+    std::memcpy(&unit, p, sizeof unit);
+    return (Vec)splat_int(unit);
+  }
+}
+
 // kLanes units from p on, elements of type T next to each other along K.
 template <class Dot, class T>
 FASTNN_INLINE Vec load_units(const T* p) {

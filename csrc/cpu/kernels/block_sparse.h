@@ -142,9 +142,9 @@ FASTNN_INLINE void add_product(Vec& sum, Vec values, const char* x) {
   if constexpr (Dot::kPerUnit == 2) {
     add_bf16_pairs(sum, values, x);
   } else if constexpr (Dot::kExact) {
-    add_code_quads(sum, splat(load_unit(x)), values);
+    add_code_quads(sum, splat_unit<Dot>(x), values);
   } else {
-    sum = Dot::dot(sum, splat(load_unit(x)), values);
+    sum = Dot::dot(sum, splat_unit<Dot>(x), values);
   }
 }
 

@@ -201,14 +201,26 @@ FASTNN_INLINE Vec softmax_slope(Vec dy, Vec y, Vec sum, bool log) {
   return log ? dy - exp(y) * sum : (dy - sum) * y;
 }
 
-// Rows of the result up to this length are fetched for writing during the first pass, which waits
-// for memory anyway: 1.1 (float32) and 1.2 times (bfloat16) as fast where they come from memory.
+// Rows up to this length are fetched into L2: of the result for writing during the first pass,
+// which waits for memory anyway (1.1 times as fast in float32, 1.2 in bfloat16, where they come
+// from memory), and the next row's operands during the second, which does not (1.05 to 1.13 times
+// in bfloat16, from L3).
 constexpr int64_t kFetchedBytes = 256 << 10;
 
+template <class Part, class T>
+FASTNN_INLINE void fetch_part(Part, const T* p) {
+  constexpr int kBytes = Part::kVectors * kLanes * (int)sizeof(T);
+  FASTNN_UNROLL for (int at = 0; at < kBytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + at, 0, 2);
+  }
+}
+
 template <bool kStream, bool kLog, class TY, class TX>
-FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n, float scale) {
+FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n, float scale,
+                                   const TY* next_dy, const TY* next_y) {
   constexpr bool kDots = kHasBf16Dot && std::is_same_v<TY, BFloat16>;
   const bool fetch = !kStream && n * (int64_t)sizeof(TX) <= kFetchedBytes;
+  const bool fetch_next = n * (int64_t)sizeof(TY) <= kFetchedBytes;
   float found[1];
   part_sums<1>(n, found, [=](int64_t i, auto part, auto& s) __attribute__((always_inline)) {
     if (fetch) {
@@ -230,6 +242,10 @@ FASTNN_INLINE void softmax_bwd_row(const TY* dy, const TY* y, TX* dx, int64_t n,
   const Vec sum = splat(found[0]), factor = splat(scale);
   each_part<!std::is_same_v<TY, TX>>(0, n,
                                      [=](int64_t i, auto part) __attribute__((always_inline)) {
+                                       if (fetch_next) {
+                                         fetch_part(part, next_dy + i);
+                                         fetch_part(part, next_y + i);
+                                       }
                                        Vec g[part.kVectors], w[part.kVectors];
                                        part.get(dy + i, g);
                                        part.get(y + i, w);
@@ -267,8 +283,10 @@ void softmax_bwd_typed(const SoftmaxBwdParams& p, int64_t begin, int64_t end) {
   if (p.inner == 1) {
     auto rows = [&](auto stream, auto log) __attribute__((always_inline)) {
       for (int64_t r = begin; r < end; ++r) {
+        const int64_t next = r + 1 < end ? r + 1 : r;
         softmax_bwd_row<decltype(stream)::value, decltype(log)::value>(
-            dy + r * p.dy_row_stride, y + r * p.cols, dx + r * p.cols, p.cols, p.scale);
+            dy + r * p.dy_row_stride, y + r * p.cols, dx + r * p.cols, p.cols, p.scale,
+            dy + next * p.dy_row_stride, y + next * p.cols);
       }
     };
     with_stream(p.stream, [&](auto stream) __attribute__((always_inline)) {
