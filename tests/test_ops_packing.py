@@ -190,6 +190,42 @@ def test_reference_and_other_dtypes_do_without(layer):
     assert layer.packed.nbytes == 0
 
 
+def test_weight_that_counts_no_changes_is_never_packed(extension):
+    with torch.inference_mode():
+        layer = fastnn.nn.Linear(33, 50).freeze().eval()
+        with pytest.warns(RuntimeWarning, match="created in torch.inference_mode"):
+            before = layer(X)
+        assert layer.packed.nbytes == 0
+        layer.weight.mul_(2)
+        with pytest.warns(RuntimeWarning, match="created in torch.inference_mode"):
+            after = layer(X)
+        assert torch.allclose(after - layer.bias, 2 * (before - layer.bias), atol=1e-5)
+
+
+QUANTIZED = {
+    "int8": lambda w: fastnn.nn.Int8Linear.from_float(w),
+    "int4": lambda w: fastnn.nn.Int4Linear.from_float(w, group_size=16, int8_input=True),
+    "int8_only": lambda w: fastnn.nn.Int8WeightOnlyLinear.from_float(w, group_size=16),
+    "int8_blocks": lambda w: fastnn.nn.Int8BlockSparseLinear.from_dense(w),
+}
+
+
+@pytest.mark.parametrize("make", QUANTIZED.values(), ids=QUANTIZED)
+def test_codes_count_changes_wherever_the_layer_is_made(extension, make):
+    weight, x = torch.randn(48, 32), torch.randn(3, 32)
+    expected = make(weight)(x)
+    with torch.inference_mode():
+        layer = make(weight.clone()).eval()  # an inference tensor
+        assert torch.equal(layer(x), expected)
+        kept = layer.packed._packed
+        layer(x)
+        assert kept is not None and layer.packed._packed is kept
+        layer.weight_scale.mul_(2)
+        assert torch.allclose(layer(x), 2 * expected)
+    assert torch.allclose(layer(x), 2 * expected)
+    assert not any(b.is_inference() for b in layer.buffers())
+
+
 @torch.no_grad()
 def test_in_no_state_dict_copy_or_pickle(layer):
     layer(X)

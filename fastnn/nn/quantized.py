@@ -14,11 +14,20 @@ from ..ops.linear import ACTIVATIONS, Activation
 from ..ops.packing import PackedCodes
 
 
+def _counted(tensor: Tensor) -> Tensor:
+    """The tensor or, of one that counts no changes, a copy that does."""
+    if not tensor.is_inference() or isinstance(tensor, torch.nn.Parameter):
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 class QuantizedModule(Module):
     """A layer whose `weight` is a buffer of codes, its scales beside it.
 
     Codes and scales keep their types under `.half()`, `.to(dtype)` and the like. The copy in the order that the kernel
-    reads belongs to the layer: it is in no state_dict, pickle or deepcopy, and follows the buffers.
+    reads belongs to the layer: it is in no state_dict, pickle or deepcopy, and follows the buffers. Buffers are no
+    inference tensors, not even those of a layer made in `torch.inference_mode`: torch counts no changes of these.
     """
 
     code_dtype: ClassVar[torch.dtype]
@@ -32,6 +41,13 @@ class QuantizedModule(Module):
     weight_scale: Tensor
     in_features: int
     out_features: int
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As torch's."""
+        super().register_buffer(name, None if tensor is None else _counted(tensor), persistent)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _counted(value) if isinstance(value, Tensor) else value)
 
     @abstractmethod
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:

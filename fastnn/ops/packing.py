@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,12 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 
+_UNCOUNTED = (
+    "fastnn: a weight that was created in torch.inference_mode is not kept packed, since torch does not count its "
+    "changes; every call reads it as it lies, which is slower. Create the model outside inference_mode (torch.no_grad "
+    "is fine)"
+)
+
 
 class PackedWeight:
     """The packed copy of one layer's weight and the rule that it is never stale.
@@ -17,7 +24,8 @@ class PackedWeight:
     Belongs to one layer. It is in no state_dict, and pickling or copying the layer yields an empty one. The copy is
     built on first use and rebuilt when the weight's memory, version, type, shape or strides, or the instruction set,
     differ; it is not used while the layer trains or a gradient of the weight may be wanted, because torch's fused
-    optimizers write to a weight without moving its version.
+    optimizers write to a weight without moving its version. A weight that is an inference tensor has no version: it is
+    never packed, with a RuntimeWarning.
     """
 
     def __init__(self) -> None:
@@ -42,11 +50,15 @@ class PackedWeight:
             return None
         if _dispatch.backend_in_force() not in (None, "cpu"):
             return None
-        key = (
-            _extension._C.isa(),
-            *options,
-            *((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources),
-        )
+        try:
+            versions = [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources]
+        except RuntimeError:
+            if not any(t.is_inference() for t in sources):
+                raise
+            warnings.warn(_UNCOUNTED, RuntimeWarning, stacklevel=2)
+            self.drop()
+            return None
+        key = (_extension._C.isa(), *options, *versions)
         if self._packed is None or key != self._key:
             pack: Callable[..., Tensor] = getattr(torch.ops.fastnn, packer).default
             self._source = tuple(t.detach() for t in sources)
