@@ -20,6 +20,7 @@ from .ops.activation import ACTIVATION_CODE
 from .ops.groups import bits_of
 from .ops.kv_cache import KVCache
 from .ops.linear_groupwise import pack_groups
+from .ops.packing import state_of, warn_of_uncounted
 
 WHERE = "fastnn.generate"
 
@@ -182,6 +183,11 @@ class Decoder:
         self.key = key_of(model)
         self.sources = [t.detach() for t in (*model.parameters(), *model.buffers())]  # their addresses stay theirs
         dense = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, nn.QuantizedLinear))]
+        self.uncounted = None in self.key
+        if self.uncounted:
+            warn_of_uncounted(
+                "a tensor of the model", "trusted to stay; every call of fastnn.generate packs all weights"
+            )
         self.trains = any(p.requires_grad for m in dense for p in m.parameters(recurse=False))
 
     def _tables(self, length: int) -> tuple[Any, Any]:
@@ -225,7 +231,7 @@ def key_of(model: Module) -> tuple[Any, ...]:
     tensors = [*model.parameters(), *model.buffers()]
     extension: Any = _extension._C
     kinds = tuple(type(module) for module in model.modules())
-    return extension.isa(), kinds, *((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors)
+    return extension.isa(), kinds, *(state_of(t) for t in tensors)
 
 
 class Kept:
@@ -243,11 +249,12 @@ class Kept:
 def decoder_of(model: Module) -> Decoder:
     """The model's, made on first use and when a weight has changed since.
 
-    torch's fused optimizers write to a weight without moving its version: it is made for each call where one may.
+    torch's fused optimizers write to a weight without moving its version, and inference tensors have none: it is made
+    for each call where there may be such.
     """
     kept = vars(model).setdefault("_fastnn_decoder", Kept())
     decoder = kept.decoder
-    if decoder is None or decoder.trains or decoder.key != key_of(model):
+    if decoder is None or decoder.trains or decoder.uncounted or decoder.key != key_of(model):
         decoder = kept.decoder = None  # its memory goes first
         decoder = kept.decoder = Decoder(model)
     return decoder

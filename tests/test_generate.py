@@ -51,6 +51,19 @@ def test_tokens_are_those_of_transformers(config, biases):
     assert len(set(expected[:, 7:].flatten().tolist())) > 5
 
 
+def test_a_model_made_in_inference_mode_is_packed_for_each_call():
+    with torch.inference_mode():
+        model = llama()
+        first = theirs(model, IDS, 8)
+        with pytest.warns(RuntimeWarning, match="every call of fastnn.generate packs"):
+            assert torch.equal(fastnn.generate(model, IDS, max_new_tokens=8, eos=()), first)
+        model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))
+        second = theirs(model, IDS, 8)
+        assert not torch.equal(first, second)
+        with pytest.warns(RuntimeWarning, match="every call of fastnn.generate packs"):
+            assert torch.equal(fastnn.generate(model, IDS, max_new_tokens=8, eos=()), second)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("isa", fastnn.info()["isa"]["supported"])
 def test_hidden_states_are_those_of_the_model(dtype, isa, request):

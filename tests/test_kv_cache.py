@@ -291,3 +291,15 @@ def test_varlen_under_functorch_is_refused_or_right():
 
 def test_names_are_public():
     assert fastnn.KVCache is KVCache and fastnn.ops.KVCache is KVCache
+
+
+def test_cache_goes_on_outside_the_mode_it_was_made_in():
+    q, k = torch.randn(1, 4, 2, 16), torch.randn(1, 2, 2, 16)
+    with torch.inference_mode():
+        cache = KVCache(1, 2, 8, 16)
+        attention_with_kv_cache(q, k, k, cache)
+        cache.truncate(1)
+    with torch.no_grad():
+        attention_with_kv_cache(q, k, k, cache)
+    cache.reorder(torch.tensor([0]))
+    assert cache.lengths.tolist() == [3]

@@ -585,3 +585,21 @@ def test_errors(error, words, call):
     with pytest.raises(error, match=words):
         call(model, randn(2, 5))
     assert_untouched(model, before)
+
+
+CHANGES = {
+    "shrink_": lambda model, x: shrink_(model, Shrink(0.5), example_inputs=x),
+    "sparsify_": lambda model, x: fastnn.sparsify_(model, fastnn.Sparsify(0.5)),
+    "GradualSparsifier": lambda model, x: fastnn.GradualSparsifier(model, fastnn.Sparsify(0.5), end=2),
+    "compress": lambda model, x: fastnn.compress(model, calib=[x], evaluate=lambda m: 1.0, example_inputs=x),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("verb", CHANGES)
+def test_a_model_made_in_inference_mode_is_refused(verb, inside):
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    message = f"fastnn.{verb}: model was created in torch.inference_mode.*0.weight, 4 in all"
+    with torch.inference_mode(inside), pytest.raises(ValueError, match=message):
+        CHANGES[verb](model, torch.randn(3, 16))

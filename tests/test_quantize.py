@@ -440,3 +440,17 @@ def test_explain_knows_codes_in_groups(net, config):
     fastnn.quantize_(net, config, include="body.*")
     explained = {part.name: part for part in fastnn.explain(net, IDS).parts}
     assert explained["body.0"].kernel == "linear_groupwise_fwd + gelu" and explained["body.0"].limit_ms > 0
+
+
+@pytest.mark.parametrize("config", [fastnn.Int8Dynamic(), fastnn.Int4WeightOnly(16)], ids=["int8", "int4"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_of_a_model_made_in_inference_mode(config, inside):
+    x = torch.randn(5, 32)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16)).eval()
+    expected = copy.deepcopy(model)
+    with torch.inference_mode(inside):
+        assert len(fastnn.quantize_(model, config, example_inputs=x, max_slowdown=1e9).quantized) == 2
+    for where in (torch.no_grad(), torch.inference_mode()):
+        with where:
+            assert (model(x) - expected(x)).abs().max() < 0.2 * expected(x).abs().max()

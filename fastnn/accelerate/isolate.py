@@ -116,8 +116,8 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def check_model(function: str, model: object) -> None:
-    """Raises TypeError or ValueError where `model` is nothing that can be run and patched."""
+def check_model(function: str, model: object, changes_weights: bool = False) -> None:
+    """Raises TypeError or ValueError where `model` is nothing that can be run and patched, or its weights changed."""
     if not isinstance(model, Module):
         raise TypeError(f"fastnn.{function}: model must be a torch.nn.Module, got {type(model).__name__}")
     lazy = [name for name, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]
@@ -125,4 +125,11 @@ def check_model(function: str, model: object) -> None:
         raise ValueError(
             f"fastnn.{function}: model has parameters without a shape yet ({lazy[0]}, {len(lazy)} in all): run it once "
             "first"
+        )
+    held = (*model.named_parameters(), *model.named_buffers()) if changes_weights else ()
+    fixed = [name for name, t in held if t.is_inference()]
+    if fixed:
+        raise ValueError(
+            f"fastnn.{function}: model was created in torch.inference_mode, outside of which torch lets nobody change "
+            f"its tensors ({fixed[0]}, {len(fixed)} in all); create it under torch.no_grad() instead"
         )

@@ -97,7 +97,7 @@ def compress(
         >>> accuracy = lambda model: (model(x).argmax(1) == y).float().mean()
         >>> report = fastnn.compress(model, calib=[x[:64]], evaluate=accuracy, example_inputs=x[:64], max_drop=0.02)
     """
-    check_model("compress", model)
+    check_model("compress", model, changes_weights=True)
     if not callable(evaluate):
         raise TypeError(f"fastnn.compress: evaluate must be callable, got {type(evaluate).__name__}")
     options = Options(

@@ -139,13 +139,14 @@ class KVCache:
             raise TypeError(f"{CACHE}: dtype must be a floating-point type, got {dtype}")
         self.grow = grow
         self._allocate(batch, kv_heads, capacity, head_dim, value_dim, dtype, torch.device(device))
-        self.lengths = torch.zeros(batch, dtype=torch.int64)
+        self.lengths = torch.zeros(batch, dtype=torch.int64)  # never written in place
 
     def _allocate(
         self, batch: int, heads: int, capacity: int, d: int, d_v: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.keys = _memory((batch, heads, capacity, d), dtype, device)
-        self.values = _memory((batch, heads, capacity, d_v), dtype, device)
+        with torch.inference_mode(False):  # a cache may be written to outside of the mode it was made in
+            self.keys = _memory((batch, heads, capacity, d), dtype, device)
+            self.values = _memory((batch, heads, capacity, d_v), dtype, device)
 
     @property
     def batch(self) -> int:
@@ -206,7 +207,7 @@ class KVCache:
         if self.grow and self.longest + more > self.capacity:
             self.reserve(max(2 * self.capacity, self.longest + more))
         append_rows(key, value, self.keys, self.values, self.lengths)
-        self.lengths += more
+        self.lengths = self.lengths + more
 
     def truncate(self, lengths: int | Tensor) -> None:
         """Forgets the rows from `lengths` on: of every sequence, or (batch,) of each; a shorter one stays as it is.

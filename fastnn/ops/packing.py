@@ -11,11 +11,25 @@ from torch import Tensor
 
 from .. import _dispatch, _extension
 
-_UNCOUNTED = (
-    "fastnn: a weight that was created in torch.inference_mode is not kept packed, since torch does not count its "
-    "changes; every call reads it as it lies, which is slower. Create the model outside inference_mode (torch.no_grad "
-    "is fine)"
-)
+
+def state_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Differs when the tensor is replaced or written to. None: of an inference tensor torch counts no changes."""
+    try:
+        return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+    except RuntimeError:
+        if tensor.is_inference():
+            return None
+        raise
+
+
+def warn_of_uncounted(what: str, consequence: str) -> None:
+    """That `what` is an inference tensor, and so is not ..."""
+    warnings.warn(
+        f"fastnn: {what} was created in torch.inference_mode, where torch counts no changes, and so is not "
+        f"{consequence}. Create the model outside inference_mode (torch.no_grad is fine)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 class PackedWeight:
@@ -50,15 +64,12 @@ class PackedWeight:
             return None
         if _dispatch.backend_in_force() not in (None, "cpu"):
             return None
-        try:
-            versions = [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources]
-        except RuntimeError:
-            if not any(t.is_inference() for t in sources):
-                raise
-            warnings.warn(_UNCOUNTED, RuntimeWarning, stacklevel=2)
+        states = [state_of(t) for t in sources]
+        if None in states:
+            warn_of_uncounted("a weight", "kept packed; every call reads it as it lies, which is slower")
             self.drop()
             return None
-        key = (_extension._C.isa(), *options, *versions)
+        key = (_extension._C.isa(), *options, *states)
         if self._packed is None or key != self._key:
             pack: Callable[..., Tensor] = getattr(torch.ops.fastnn, packer).default
             self._source = tuple(t.detach() for t in sources)

@@ -72,7 +72,7 @@ def shrink_(
         >>> model[0].out_features, model[2].in_features
         (32, 32)
     """
-    check_model("shrink_", model)
+    check_model("shrink_", model, changes_weights=True)
     for path, module in model.named_modules():
         if isinstance(module, QuantizedModule):
             raise PruneError(f"fastnn.shrink_: {path or 'the model'} is quantised: shrink first, then quantise")

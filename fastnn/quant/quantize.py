@@ -54,6 +54,7 @@ class _Layer:
     """The layers that share its weight, itself included, in the model's order."""
 
 
+@torch.no_grad()
 def quantize_(
     model: Module,
     config: object,

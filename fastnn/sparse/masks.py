@@ -80,7 +80,7 @@ def strip_(model: Module) -> tuple[str, ...]:
     Raises:
         TypeError: `model` is no module.
     """
-    check_model("strip_", model)
+    check_model("strip_", model, changes_weights=True)
     return strip(model, model.modules())
 
 

@@ -59,7 +59,7 @@ class GradualSparsifier:
         exclude: Patterns = (),
         calibration: Iterable[Any] | None = None,
     ) -> None:
-        check_model("GradualSparsifier", model)
+        check_model("GradualSparsifier", model, changes_weights=True)
         numbers = {"begin": begin, "end": end, "every": every}
         for name, value in numbers.items():
             if type(value) is not int:

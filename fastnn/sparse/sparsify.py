@@ -69,7 +69,7 @@ def sparsify_(
         >>> model[0].blocks
         819
     """
-    check_model("sparsify_", model)
+    check_model("sparsify_", model, changes_weights=True)
     layers = layers_of(model, config)
     choose(layers, filter_fn, include, exclude)
     decide(model, layers, calibration)

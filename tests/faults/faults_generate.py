@@ -68,8 +68,8 @@ GENERATE_FAULTS = [
     Fault(
         "generate: a weight that was written to is not packed again",
         DECODER,
-        "(t.data_ptr(), t._version, t.dtype",
-        "(t.data_ptr(), t.dtype",
+        "*(state_of(t) for t in tensors)",
+        "*(t.data_ptr() for t in tensors)",
         FOLLOWS,
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fault import OPS, SIMD, Fault
+from fault import OPS, PACKING, SIMD, Fault
 
 INT8, INT8_KERNEL = "tests/test_int8.py", "csrc/cpu/kernels/linear_int8.h"
 INT8_BITS = (f"{INT8}::test_same_bits_as_plain_pytorch[torch.float32-{{isa}}]",)
@@ -61,10 +61,24 @@ INT8_FAULTS = [
         INT8_BITS,
     ),
     Fault(
+        "a floating weight without versions is packed for good",
+        f"{OPS}packing.py",
+        "self.drop()\n            return None\n        key",
+        "states = []\n        key",
+        (f"{PACKING}::test_weight_that_counts_no_changes_is_never_packed",),
+    ),
+    Fault(
+        "codes that count no changes",
+        "fastnn/nn/quantized.py",
+        "        return tensor.clone()",
+        "        return tensor",
+        (f"{PACKING}::test_codes_count_changes_wherever_the_layer_is_made",),
+    ),
+    Fault(
         "int8: a layer's packed copy does not follow its scales",
         f"{OPS}packing.py",
-        "t.stride()) for t in sources),",
-        "t.stride()) for t in sources[:1]),",
+        "state_of(t) for t in sources]",
+        "state_of(t) for t in sources[:1]]",
         (f"{INT8}::test_packs_once_and_follows_its_buffers",),
     ),
     Fault(

@@ -264,7 +264,7 @@ PYTHON_FAULTS = [
     Fault(
         "packed weight: a changed weight is not noticed",
         f"{OPS}packing.py",
-        "t._version, ",
+        "tensor._version, ",
         "",
         (f"{PACKING}::test_changed_weight_is_packed_again",),
     ),
