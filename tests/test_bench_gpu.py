@@ -340,7 +340,7 @@ def test_the_verdict_is_the_faster_ways():
 def test_documents_hold_them(tmp_path: Path):
     source, document = tmp_path / "r.json", tmp_path / "d.md"
     result(fastnn_cuda=times(2.0), eager=times(2.2)).save(source)
-    document.write_text(f"# T\n{documents.BEGIN}\n\n{documents.END}\n")
+    document.write_text("# T\n" + "\n\n".join(documents.markers("rows")) + "\n")
     documents.write(document, [source])
     assert "| softmax_fwd/bf16 | 49152x512 | 2 ms |" in document.read_text()
     assert documents.problem_with(document, tmp_path) == ""

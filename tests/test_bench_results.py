@@ -211,7 +211,8 @@ def test_documents_are_filled_and_checked(tmp_path):
     results, document = tmp_path / "results", tmp_path / "README.md"
     made = result(case_of(SOFTMAX, fastnn=record(8), eager=record(60)))
     made.save(results / "one.json")
-    document.write_text(f"before\n{documents.BEGIN}\nold\n{documents.END}\nafter\n")
+    begin, end = documents.markers("rows")
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert not documents.problem_with(document, results)  # no numbers yet
     documents.write(document, [results / "one.json"])
     text = document.read_text()
@@ -221,12 +222,28 @@ def test_documents_are_filled_and_checked(tmp_path):
     assert "differs from what one.json gives" in documents.problem_with(document, results)
     made.save(results / "two.json")
     documents.write(document, [results / "one.json", results / "two.json"])
-    assert document.read_text().count("softmax_fwd/fp32") == 2
+    assert document.read_text().count("softmax_fwd/fp32") == 1  # the last counts
     assert not documents.problem_with(document, results)
     (results / "one.json").unlink()
     assert "No such file" in documents.problem_with(document, results)
-    document.write_text(f"{documents.BEGIN}\n| softmax | 3 ms |\n{documents.END}\n")
+    document.write_text(f"{begin}\n| softmax | 3 ms |\n{end}\n")
     assert "name no result file" in documents.problem_with(document, results)
+
+
+def test_documents_sum_families_up(tmp_path):
+    results, document = tmp_path / "results", tmp_path / "README.md"
+    other = find_bench_case("softmax_bwd/fp32 (64, 32000)")
+    old = case_of(SOFTMAX, fastnn=record(8), eager=record(80))
+    result(old, case_of(other, fastnn=record(8), eager=record(4))).save(results / "one.json")
+    result(case_of(SOFTMAX, fastnn=record(8), eager=record(36))).save(results / "two.json")
+    document.write_text("a\n" + "\nold\n".join(documents.markers("summary")) + "\nb\n")
+    documents.write(document, [results / "one.json", results / "two.json"])
+    text = document.read_text()
+    assert "| `softmax` | 2 | 1.50x (0.50 to 4.50) |" in text and "old" not in text
+    assert "| softmax_bwd/fp32 64x32000 |" in text  # is behind
+    assert not documents.problem_with(document, results)
+    document.write_text(text.replace("1.50x", "2.50x"))
+    assert "differs from what one.json and two.json gives" in documents.problem_with(document, results)
 
 
 def test_documents_take_complete_results_and_have_markers(tmp_path):

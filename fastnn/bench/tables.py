@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import geometric_mean
 from typing import Any
 
 from .limits import BUSY, Limits, level_number
@@ -153,15 +154,16 @@ def footer(result: Result) -> str:
     return "\n".join(lines)
 
 
-def markdown(result: Result) -> str:
-    """The rows for a document."""
+def markdown(result: Result, rows: Sequence[Row] | None = None) -> str:
+    """Rows of a result, all unless named, for a document."""
+    rows = result.rows() if rows is None else rows
     lines = [
         headline(result),
         "",
         "| row | shape | fastnn | best other | best / fastnn (95 %) | tuned best / fastnn tuned | of limit | verdict |",
         "| --- | --- | ---: | --- | --- | --- | ---: | --- |",
     ]
-    for row in result.rows():
+    for row in rows:
         plain, tuned = row.plain, row.tuned
         best = f"{plain.name} {_time(plain.times)}" if plain else ""
         ratios = [
@@ -171,7 +173,29 @@ def markdown(result: Result) -> str:
             ratios[1] = f"{tuned.name} {ratios[1]}"
         line = [row.name, shape_text(row.shape), _time(row.ours), best, *ratios, _share(row), _verdict(row)]
         lines.append("| " + " | ".join(line) + " |")
-    return "\n".join([*lines, "", counts(result.rows()) + "."])
+    return "\n".join([*lines, "", counts(rows) + "."])
+
+
+def _span(bests: Sequence[Best | None]) -> str:
+    """`1.52x (0.51 to 3.01)`: the geometric mean of ratios, the lowest and the highest."""
+    found = [best.ratio.value for best in bests if best is not None]
+    return f"{geometric_mean(found):.2f}x ({min(found):.2f} to {max(found):.2f})" if found else ""
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A line for each family, for a document: how many rows, by what factor, and which are behind somebody."""
+    lines = [
+        "| rows | how many | best other / fastnn, as installed | both allocators tuned | behind somebody |",
+        "| --- | ---: | --- | --- | --- |",
+    ]
+    for family in dict.fromkeys(row.family for row in rows):
+        mine = [row for row in rows if row.family == family]
+        behind = [
+            f"{row.name} {shape_text(row.shape)}" for row in mine if row.verdict in (Verdict.BEHIND, Verdict.WRONG)
+        ]
+        spans = _span([row.plain for row in mine]), _span([row.tuned for row in mine])
+        lines.append(f"| `{family}` | {len(mine)} | {spans[0]} | {spans[1]} | {', '.join(behind) or 'none'} |")
+    return "\n".join(lines)
 
 
 def limits_table(limits: Limits) -> list[Any]:
