@@ -66,8 +66,8 @@ struct DotInt8 {
 
 FASTNN_INLINE int64_t units_of(int64_t K, int per_unit) { return (K + per_unit - 1) / per_unit; }
 
-// The unit at p in all lanes. As an integer where its dot product is one of integers: that of int8
-// codes waits for a float broadcast, which takes a third of its speed.
+// The unit at p in all lanes. As an integer where it holds several values: the dot product of int8
+// codes waits for a float broadcast, which takes a quarter of its speed.
 template <class Dot>
 FASTNN_INLINE Vec splat_unit(const char* p) {
   if constexpr (Dot::kPerUnit == 1) {
