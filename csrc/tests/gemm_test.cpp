@@ -113,30 +113,37 @@ TEST(every_way_and_order) {
   }
 }
 
-// Threads share a product by rows and strips: every part must come out as in the whole.
+// Threads share a product by rows and strips: every part must come out as in the whole. At 110 rows
+// panels hold the parts of 52 and 55, and the part of 3 has too few for one.
 TEST(parts_of_the_result) {
+  constexpr int64_t kN = 115, kK = 37;
   for_each_isa([](const char* isa) {
     for (const DType type : kAllTypes) {
       for (const bool packed : {false, true}) {
-        const Case c = {isa, {150, 115, 37}, type, Order::kRows, Order::kColumns, packed};
-        const Operand a(150, 37, c.a, type, Flush::kEnd, 1), b(37, 115, c.b, type, Flush::kEnd, 2);
-        const Packed copy(b, 115, 37, packed);
-        Buffer out(150 * 115, type, Flush::kEnd, 0);
-        GemmParams p = {};
-        p.M = 150;
-        p.N = 115;
-        p.K = 37;
-        p.a = a.matrix;
-        p.b = b.matrix;
-        p.b_packed = packed ? copy.floats.data() : nullptr;
-        p.c = out.memory.data();
-        p.c_stride = p.N;
-        p.c_dtype = type;
-        for (const int64_t m : {0, 75}) {
-          run(p, m, m + 75, 0, 48);
-          run(p, m, m + 75, 48, 115);
+        for (const int64_t M : {150, 110}) {
+          const Case c = {isa, {M, kN, kK}, type, Order::kRows, Order::kColumns, packed};
+          const Operand a(M, kK, c.a, type, Flush::kEnd, 1), b(kK, kN, c.b, type, Flush::kEnd, 2);
+          const Packed copy(b, kN, kK, packed);
+          Buffer out(M * kN, type, Flush::kEnd, 0);
+          GemmParams p = {};
+          p.M = M;
+          p.N = kN;
+          p.K = kK;
+          p.a = a.matrix;
+          p.b = b.matrix;
+          p.b_packed = packed ? copy.floats.data() : nullptr;
+          p.c = out.memory.data();
+          p.c_stride = p.N;
+          p.c_dtype = type;
+          const bool by_rows = packed || M > 128;  // few rows are shared by columns alone
+          const std::vector<int64_t> cuts =
+              by_rows ? std::vector<int64_t>{0, 3, M / 2, M} : std::vector<int64_t>{0, M};
+          for (size_t i = 1; i < cuts.size(); ++i) {
+            run(p, cuts[i - 1], cuts[i], 0, 48);
+            run(p, cuts[i - 1], cuts[i], 48, kN);
+          }
+          check_values(c, out, multiply(dense(a), turned(dense(b), kK, kN), M, kN, kK), {});
         }
-        check_values(c, out, multiply(dense(a), turned(dense(b), 37, 115), 150, 115, 37), {});
       }
     }
   });

@@ -55,6 +55,13 @@ KERNEL_FAULTS = [
         cell("linear-fp32-{isa}-contiguous"),
     ),
     Fault(
+        "packed product: every tile reads the first panel of rows",
+        "csrc/cpu/gemm/panels.h",
+        "(panels + r0 * units)",
+        "(panels)",
+        cell("linear-fp32-{isa}-contiguous"),
+    ),
+    Fault(
         "product: K tail dropped in the dot products of few rows",
         GEMM,
         "  if (k < K) {\n",

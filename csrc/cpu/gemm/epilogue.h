@@ -2,11 +2,33 @@
 // pass.
 #pragma once
 #include "cpu/gemm/params.h"
+#include "cpu/gemm/tile.h"
 #include "cpu/simd/activation.h"
 #include "cpu/simd/lanes.h"
 
 namespace fastnn {
 namespace {
+
+constexpr int64_t kLineBytes = 64;
+
+// The lines of c that rows [m, m + rows) x columns [n, n + columns) lie in arrive while the tile
+// computes.
+FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m, int64_t rows, int64_t n,
+                                   int64_t columns) {
+  const int64_t size = element_bytes(p.c_dtype), row_bytes = p.c_stride * size;
+  const char* const c = static_cast<const char*>(p.c) + m * row_bytes + n * size;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t at = 0; at < columns * size; at += kLineBytes)
+      __builtin_prefetch(c + i * row_bytes + at, 1);
+  }
+}
+
+inline TileScales tile_scales(const GemmParams& p, int64_t m, int64_t n, bool last) {
+  if (!p.is_int8) return {};
+  const float* const bias = p.tile_bias;
+  return {last ? p.int8.row + m : nullptr, p.int8.column + n, bias == nullptr ? bias : bias + n,
+          p.int8.offset + n};
+}
 
 // The epilogue of rows x columns of t, in one pass.
 template <Activation A, class T>

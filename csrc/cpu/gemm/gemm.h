@@ -1,10 +1,11 @@
 // The matrix product: loops over packed panels and register tiles, and the epilogue on finished
 // rows.
 //
-// Three ways through, all with the same tile, the same packed layout and the same epilogue:
+// Four ways through, all with the same tile, the same packed layout and the same epilogue:
 //   gemm_tiles    B in strips (its packed copy, or a KC x NC panel packed on the way, hot in L2),
 //   rows of A broadcast from
 //                 where they lie.
+//   gemm_panels   few rows, B packed: rows of A are packed too (panels.h).
 //   gemm_swapped  few rows, no packed copy: rows of B^T (the weight) are broadcast from where they
 //   lie, A^T (small) is
 //                 packed, and the finished tile is transposed. The weight is read once and nothing
@@ -12,9 +13,7 @@
 //   gemm_dots     up to 4 rows, no packed copy: dot products along K, lanes along K, the weight
 //   streamed once.
 #pragma once
-#include "cpu/gemm/epilogue.h"
-#include "cpu/gemm/pack.h"
-#include "cpu/gemm/tile.h"
+#include "cpu/gemm/panels.h"
 
 namespace fastnn {
 namespace {
@@ -24,7 +23,6 @@ constexpr int64_t kBlockUnits =
 constexpr int64_t kFewRowsUnits =
     4096;  // with few rows the sums are small and long streams matter more
 constexpr int64_t kFewRows = 16;
-constexpr int64_t kBlockColumns = 96;  // NC: two panels, this and the next, fit L2 together
 constexpr int64_t kGatherColumns =
     384;  // where rows of A are packed on the way: packed half as often, and
 constexpr int64_t kGatherUnits = 512;  // ... a panel twice as wide is half as deep to stay in L2
@@ -35,33 +33,6 @@ constexpr int64_t kCodeRows = 256;        // rows of codes between two passes ov
 constexpr int64_t kSwappedMaxRows = 128;  // above, packing the weight on the way is cheaper
 constexpr int64_t kSwappedGroup = 48;     // weight rows between two transpositions
 constexpr int64_t kDotsMaxRows = 4;
-// Between these, a packed panel comes from beyond L2 for a large part of its uses, and is fetched
-// during the one before: 1.2 times as fast at 32 rows. One tile of rows waits for memory all the
-// time. Two of them are done before a line a unit has fetched the panel: with two lines, 6 % faster
-// in float32 and int8, 11 % in bfloat16, while for three tiles the second line costs 2 %.
-constexpr int64_t kFetchRows = kTileRows + 1, kFetchMaxRows = 128;
-
-inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// The lines of c that rows [m, m + rows) x columns [n, n + columns) lie in arrive while the tile
-// computes.
-FASTNN_INLINE void prefetch_output(const GemmParams& p, int64_t m, int64_t rows, int64_t n,
-                                   int64_t columns) {
-  const int64_t size = element_bytes(p.c_dtype), row_bytes = p.c_stride * size;
-  const char* const c = static_cast<const char*>(p.c) + m * row_bytes + n * size;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t at = 0; at < columns * size; at += kLineBytes)
-      __builtin_prefetch(c + i * row_bytes + at, 1);
-  }
-}
-
-inline TileScales tile_scales(const GemmParams& p, int64_t m, int64_t n, bool last) {
-  if (!p.is_int8) return {};
-  const float* const bias = p.tile_bias;
-  return {last ? p.int8.row + m : nullptr, p.int8.column + n, bias == nullptr ? bias : bias + n,
-          p.int8.offset + n};
-}
 
 // Of a tile's packed rows, so many units deep.
 inline int64_t row_panel_floats(int64_t depth) {
@@ -132,13 +103,6 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           pack_panel<Dot, T>(p.b, p.N, p.K, n0, strips, u0, u1, panel, strip_floats);
         }
         const bool last = u1 == k.units;
-        Ahead ahead;
-        if (p.b_packed != nullptr && !k.split_k && rows >= kFetchRows && rows <= kFetchMaxRows) {
-          ahead.next = reinterpret_cast<const char*>(b + strips * strip_floats);
-          const int64_t next_columns = min_of(k.block_columns, n_end - n0 - columns);
-          ahead.lines = row_tiles == 2 ? 2 : 1;
-          ahead.end = ahead.next + (next_columns + kStrip - 1) / kStrip * strip_floats * 4;
-        }
         RowPanel ahead_rows[kPackedTiles];
         for (int64_t i = 0; i < row_tiles; ++i) {
           const int64_t r0 = rows * i / row_tiles,
@@ -164,7 +128,7 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
           if (last) prefetch_output(p, m0 + r0, r1 - r0, n0, columns);
           run_tiles<Dot>(r1 - r0, strips, u1 - u0, a.data, a.row_bytes, a.unit_bytes,
                          {b, strip_floats, kStrip}, t, done ? p.c_stride : ldt,
-                         u0 > 0 || (done && p.epilogue.addend != nullptr), &ahead,
+                         u0 > 0 || (done && p.epilogue.addend != nullptr),
                          tile_scales(p, m0 + r0, n0, last), p.M == 1);
           if (last && !done) finish(p, t, ldt, m0 + r0, r1 - r0, n0, columns);
         }
@@ -172,6 +136,19 @@ void gemm_tiles(const GemmParams& p, int64_t m_begin, int64_t m_end, int64_t n_b
       } while (u0 < k.units);
     }
   }
+}
+
+// By tiles, of panels or not. The caller may split rows, so that a part has too few for panels.
+template <class Dot, class T>
+int64_t strips_scratch(const GemmParams& p) {
+  const TileScratch s = tile_scratch<Dot, T>(p);
+  return max_of(s.sums + s.rows + s.panel, takes_panels<Dot>(p, p.M) ? panels_scratch<Dot>(p) : 0);
+}
+template <class Dot, class T>
+void gemm_strips(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                 float* scratch) {
+  if (takes_panels<Dot>(p, m1 - m0)) return gemm_panels<Dot, T>(p, m0, m1, n0, n1, scratch);
+  gemm_tiles<Dot, T>(p, m0, m1, n0, n1, scratch);
 }
 
 template <class Dot, class T>
@@ -303,8 +280,7 @@ void gemm_dots(const GemmParams& p, int64_t n_begin, int64_t n_end, float* scrat
 int64_t gemm_scratch_floats(const GemmParams& p) {
   int64_t floats = 0;
   if (p.is_int8) {
-    const TileScratch s = tile_scratch<DotInt8, Int8>(p);
-    return s.sums + s.rows + s.panel;
+    return strips_scratch<DotInt8, Int8>(p);
   }
   with_dot(p.a.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);
@@ -314,8 +290,7 @@ int64_t gemm_scratch_floats(const GemmParams& p) {
     } else if (takes_swapped<Dot, T>(p)) {
       floats = swapped_scratch<Dot>(p);
     } else {
-      const TileScratch s = tile_scratch<Dot, T>(p);
-      floats = s.sums + s.rows + s.panel;
+      floats = strips_scratch<Dot, T>(p);
     }
   });
   return floats;
@@ -324,7 +299,7 @@ int64_t gemm_scratch_floats(const GemmParams& p) {
 // Rows [m0, m1) and columns [n0, n1) of c. The ways for few rows take all rows at once: the caller
 // splits columns only.
 void gemm(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* scratch) {
-  if (p.is_int8) return gemm_tiles<DotInt8, Int8>(p, m0, m1, n0, n1, scratch);
+  if (p.is_int8) return gemm_strips<DotInt8, Int8>(p, m0, m1, n0, n1, scratch);
   with_dot(p.a.dtype, [&](auto dot, auto type) {
     using Dot = decltype(dot);
     using T = decltype(type);
@@ -333,7 +308,7 @@ void gemm(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1, f
     } else if (takes_swapped<Dot, T>(p)) {
       gemm_swapped<Dot, T>(p, n0, n1, scratch);
     } else {
-      gemm_tiles<Dot, T>(p, m0, m1, n0, n1, scratch);
+      gemm_strips<Dot, T>(p, m0, m1, n0, n1, scratch);
     }
   });
 }

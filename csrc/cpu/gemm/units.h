@@ -9,6 +9,9 @@
 namespace fastnn {
 namespace {
 
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // Units summed in one go before they are added to the running sum: rounding errors then grow with
 // 192, not with K. torch's library does the same: the worst error is equal to its to two digits, on
 // random numbers and on equal ones, which all round the same way; 256 units are up to 1.9 times it,
@@ -78,6 +81,18 @@ FASTNN_INLINE Vec splat_unit(const char* p) {
     int32_t unit;
     std::memcpy(&unit, p, sizeof unit);
     return (Vec)splat_int(unit);
+  }
+}
+
+// Adds to sum the products of the unit at p, the same for all lanes, with those of b.
+template <class Dot>
+FASTNN_INLINE void add_product(Vec& sum, Vec b, const char* p) {
+  if constexpr (Dot::kPerUnit == 2) {
+    add_bf16_pairs(sum, b, p);
+  } else if constexpr (Dot::kExact) {
+    add_code_quads(sum, splat_unit<Dot>(p), b);
+  } else {
+    sum = Dot::dot(sum, splat_unit<Dot>(p), b);
   }
 }
 

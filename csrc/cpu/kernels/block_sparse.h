@@ -137,17 +137,6 @@ FASTNN_INLINE Vec sparse_values(const T* p, int v) {
   }
 }
 
-template <class Dot>
-FASTNN_INLINE void add_product(Vec& sum, Vec values, const char* x) {
-  if constexpr (Dot::kPerUnit == 2) {
-    add_bf16_pairs(sum, values, x);
-  } else if constexpr (Dot::kExact) {
-    add_code_quads(sum, splat_unit<Dot>(x), values);
-  } else {
-    sum = Dot::dot(sum, splat_unit<Dot>(x), values);
-  }
-}
-
 // t (row stride ldt floats) = a tile of MR rows times a strip. Few rows have two or four sums
 // each, which do not wait for one another; those of integers, which may be summed in any order,
 // take whole blocks, of which the shallow ones have one unit.

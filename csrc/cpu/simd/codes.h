@@ -13,6 +13,12 @@ FASTNN_INLINE IVec load_ints(const int32_t* p) {
 
 FASTNN_INLINE IVec max_ints(IVec a, IVec b) { return a > b ? a : b; }
 
+#if defined(__AVX512VNNI__)
+constexpr bool kHasCodeDot = true;
+#else
+constexpr bool kHasCodeDot = false;
+#endif
+
 // c + the dot products of neighbouring quads: a's bytes unsigned, b's signed, sums int32. Exact on
 // every instruction set: where there is no such instruction, bytes are widened to 16 bits, because
 // the product of bytes that saturates at 16 (vpmaddubsw) loses up to half of a sum.

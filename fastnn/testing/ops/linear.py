@@ -183,6 +183,7 @@ def _matrix_cases() -> Iterator[Case]:
 
 def _packed_cases() -> Iterator[Case]:
     yield _packed("rows", "contiguous", _Shape((7,), 33, 50), "gelu")
+    yield _packed("panels", "contiguous", _Shape((50,), 201, 21), "relu")
     yield _packed("weight_2_apart", "strided", _Shape((5,), 19, 21, "row", "normal", False, "strided", "strided"))
     yield _packed("stride_0", "expanded", _Shape((5,), 19, 21, "row", "normal", False, *["expanded"] * 3), "relu")
     yield _packed("unaligned", "offset", _Shape((9,), 17, 19, "row", "normal", False, *["offset"] * 3), "silu")
