@@ -59,7 +59,7 @@ KERNEL_FAULTS = [
         "csrc/cpu/gemm/panels.h",
         "(panels + r0 * units)",
         "(panels)",
-        cell("linear-fp32-{isa}-contiguous"),
+        cell("linear-fp32-{isa}-tail"),
     ),
     Fault(
         "product: K tail dropped in the dot products of few rows",
