@@ -183,12 +183,13 @@ class Decoder:
         self.key = key_of(model)
         self.sources = [t.detach() for t in (*model.parameters(), *model.buffers())]  # their addresses stay theirs
         dense = [m for m in model.modules() if isinstance(m, (torch.nn.Linear, nn.QuantizedLinear))]
-        self.uncounted = None in self.key
-        if self.uncounted:
+        uncounted = None in self.key
+        if uncounted:
             warn_of_uncounted(
                 "a tensor of the model", "trusted to stay; every call of fastnn.generate packs all weights"
             )
-        self.trains = any(p.requires_grad for m in dense for p in m.parameters(recurse=False))
+        trains = any(p.requires_grad for m in dense for p in m.parameters(recurse=False))
+        self.may_change_unseen = uncounted or trains
 
     def _tables(self, length: int) -> tuple[Any, Any]:
         angles = torch.arange(length, dtype=torch.float32)[:, None] * self.frequencies[None]
@@ -254,7 +255,7 @@ def decoder_of(model: Module) -> Decoder:
     """
     kept = vars(model).setdefault("_fastnn_decoder", Kept())
     decoder = kept.decoder
-    if decoder is None or decoder.trains or decoder.uncounted or decoder.key != key_of(model):
+    if decoder is None or decoder.may_change_unseen or decoder.key != key_of(model):
         decoder = kept.decoder = None  # its memory goes first
         decoder = kept.decoder = Decoder(model)
     return decoder

@@ -283,6 +283,24 @@ class Collecting(Net):
         return self.head(self.norm(total))
 
 
+def test_arguments_that_count_no_changes(extension):
+    """A buffer made in inference mode: that a block writes to it would not be seen."""
+
+    class Shifting(Net):
+        def forward(self, ids):
+            x = self.embed(ids)
+            for block in self.blocks:
+                x, _ = block(x, 0.5, bias=self.shift)
+            return self.head(self.norm(x))
+
+    model = Shifting().eval()
+    with torch.inference_mode():
+        model.shift = torch.zeros(16)
+    report = fastnn.quantize_(model, GPTQ4, calibration=SAMPLES)
+    assert "all layers at once (blocks: a block is given an inference tensor" in report.calibration
+    assert entry(report, "blocks.2.down").error < entry(report, "blocks.2.down").error_nearest
+
+
 def test_a_model_without_a_chain_is_seen_at_once(extension):
     report = fastnn.quantize_(Collecting().eval(), GPTQ4, calibration=SAMPLES)
     assert "all layers at once (blocks: what a block gives is used elsewhere, too)" in report.calibration

@@ -16,6 +16,7 @@ from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from ..accelerate.isolate import call
+from ..ops.packing import state_of
 from .fold import agree
 
 _PLAIN = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device, type(None))
@@ -29,8 +30,8 @@ class _Call:
     index: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    versions: list[int]
-    """Of the tensors among the arguments: writing to one raises it."""
+    states: list[Any]
+    """Of the tensors among the arguments: writing to one changes it."""
     output: Any = None
 
 
@@ -83,7 +84,7 @@ class Chain:
         calls: list[_Call] = []
 
         def before(index: int, _: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(_Call(index, args, kwargs, _versions(args, kwargs)))
+            calls.append(_Call(index, args, kwargs, _states(args, kwargs)))
 
         def after(index: int, _: Module, args: object, output: Any) -> None:
             calls[-1].output = output
@@ -115,7 +116,9 @@ class Chain:
             return "the first block takes its input in another place than the others"
         given = []
         for one in calls:
-            if one.versions != _versions(one.args, one.kwargs):
+            if None in one.states:
+                return "a block is given an inference tensor, of which torch does not count the changes"
+            if one.states != _states(one.args, one.kwargs):
                 return "a block writes to what it is given"
             args = tuple(None if i == slot else value for i, value in enumerate(one.args))
             kwargs = {name: value for name, value in one.kwargs.items() if name != slot}
@@ -139,8 +142,8 @@ class Chain:
                 vars(block).pop("forward", None)
 
 
-def _versions(args: Any, kwargs: Any) -> list[int]:
-    return [leaf._version for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+def _states(args: Any, kwargs: Any) -> list[Any]:
+    return [state_of(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _slot(one: _Call, state: Any) -> int | str | None:

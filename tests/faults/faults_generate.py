@@ -61,7 +61,7 @@ GENERATE_FAULTS = [
     Fault(
         "generate: copies of weights that train are kept",
         DECODER,
-        "decoder is None or decoder.trains or ",
+        "decoder is None or decoder.may_change_unseen or ",
         "decoder is None or ",
         FOLLOWS,
     ),
