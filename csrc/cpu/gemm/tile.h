@@ -23,7 +23,7 @@ constexpr int tile_strips(int rows) {
 }
 constexpr int kMaxTileStrips = 4;
 
-constexpr int64_t kBlockColumns = 96;  // NC: two panels of B, this and the next, fit L2 together
+constexpr int64_t kBlockColumns = 96;  // NC: whose sums are finished together; a panel of B fits L2
 
 // Where B lies: unit u of strip s at data + s * strip_floats + u * unit_floats. Packed strips have
 // unit_floats = kStrip; a plain row-major matrix has strip_floats = kStrip and its row stride.
