@@ -59,6 +59,20 @@ struct Packed {
   }
 };
 
+GemmParams params_of(const Case& c, const Operand& a, const Operand& b, Packed& copy, Buffer& out) {
+  GemmParams p = {};
+  p.M = c.n.M;
+  p.N = c.n.N;
+  p.K = c.n.K;
+  p.a = a.matrix;
+  p.b = b.matrix;
+  p.b_packed = c.packed ? copy.floats.data() : nullptr;
+  p.c = out.memory.data();
+  p.c_stride = p.N;
+  p.c_dtype = c.type;
+  return p;
+}
+
 // Scratch exactly as large as asked for, and poisoned: neither written past nor read before it is
 // written.
 void run(const GemmParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
@@ -77,18 +91,9 @@ void check_product(Case c, Flush flush) {
     c.isa = isa;
     for (const bool packed : {false, true}) {
       c.packed = packed;
-      const Packed copy(b, N, K, packed);
+      Packed copy(b, N, K, packed);
       Buffer out(M * N, c.type, flush, 1);
-      GemmParams p = {};
-      p.M = M;
-      p.N = N;
-      p.K = K;
-      p.a = a.matrix;
-      p.b = b.matrix;
-      p.b_packed = packed ? copy.floats.data() : nullptr;
-      p.c = out.memory.data();
-      p.c_stride = N;
-      p.c_dtype = c.type;
+      const GemmParams p = params_of(c, a, b, copy, out);
       run(p, 0, M, 0, N);
       check_values(c, out, truth, {});
       CHECK(out.memory.intact() && copy.floats.intact(), "%s wrote outside (%ld, %ld, %ld)", isa,
@@ -123,18 +128,9 @@ TEST(parts_of_the_result) {
         for (const int64_t M : {150, 110}) {
           const Case c = {isa, {M, kN, kK}, type, Order::kRows, Order::kColumns, packed};
           const Operand a(M, kK, c.a, type, Flush::kEnd, 1), b(kK, kN, c.b, type, Flush::kEnd, 2);
-          const Packed copy(b, kN, kK, packed);
+          Packed copy(b, kN, kK, packed);
           Buffer out(M * kN, type, Flush::kEnd, 0);
-          GemmParams p = {};
-          p.M = M;
-          p.N = kN;
-          p.K = kK;
-          p.a = a.matrix;
-          p.b = b.matrix;
-          p.b_packed = packed ? copy.floats.data() : nullptr;
-          p.c = out.memory.data();
-          p.c_stride = p.N;
-          p.c_dtype = type;
+          const GemmParams p = params_of(c, a, b, copy, out);
           const bool by_rows = packed || M > 128;  // few rows are shared by columns alone
           const std::vector<int64_t> cuts =
               by_rows ? std::vector<int64_t>{0, 3, M / 2, M} : std::vector<int64_t>{0, M};

@@ -70,8 +70,8 @@ KERNEL_FAULTS = [
     ),
     Fault(
         "product: K tail dropped in packing",
-        "csrc/cpu/gemm/pack.h",
-        "r[i] = load_units_first<Dot>(row, left);",
+        "csrc/cpu/gemm/units.h",
+        "r[i] = load_units_first<Dot>(p + i * stride, left);",
         "r[i] = zero();",
         cell("linear-fp32-{isa}-contiguous"),
     ),

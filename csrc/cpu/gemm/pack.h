@@ -17,19 +17,8 @@ FASTNN_INLINE void pack_strip_along_k(const T* b, int64_t column_stride, int64_t
   for (int64_t group = 0; group < kStrip; group += kLanes) {
     for (int64_t u = u0; u < u1; u += kLanes) {
       const int64_t k = u * Dot::kPerUnit;
-      const int64_t left = K - k;
       Vec r[kLanes];
-      FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) {
-        const T* const row = b + (group + i) * column_stride + k;
-        if (group + i >= columns) {
-          r[i] = zero();
-        } else if (left >= kLanes * Dot::kPerUnit) {
-          r[i] = load_units<Dot>(row);
-        } else {
-          r[i] = load_units_first<Dot>(row, left);
-        }
-      }
-      transpose(r);
+      load_turned<Dot>(b + group * column_stride + k, column_stride, columns - group, K - k, r);
       const int64_t count = u1 - u < kLanes ? u1 - u : kLanes;
       for (int64_t i = 0; i < count; ++i) store(out + (u - u0 + i) * kStrip + group, r[i]);
     }

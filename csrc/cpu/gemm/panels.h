@@ -31,22 +31,12 @@ void turn_rows(const Matrix& a, int64_t K, int64_t m, int64_t rows, float* out) 
     return;
   }
   for (int64_t group = 0; group < rows; group += kLanes) {
-    const int count = (int)(rows - group < kLanes ? rows - group : kLanes);
+    const int count = (int)min_of(rows - group, kLanes);
     for (int64_t u = 0; u < units; u += kLanes) {
-      const int64_t k = u * Dot::kPerUnit, left = K - k;
+      const int64_t k = u * Dot::kPerUnit;
       Vec r[kLanes];
-      FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) {
-        const T* const row = data + (group + i) * a.row_stride + k;
-        if (i >= count) {
-          r[i] = zero();
-        } else if (left >= kLanes * Dot::kPerUnit) {
-          r[i] = load_units<Dot>(row);
-        } else {
-          r[i] = load_units_first<Dot>(row, left);
-        }
-      }
-      transpose(r);
-      const int64_t whole = units - u < kLanes ? units - u : kLanes;
+      load_turned<Dot>(data + group * a.row_stride + k, a.row_stride, count, K - k, r);
+      const int64_t whole = min_of(units - u, kLanes);
       for (int64_t i = 0; i < whole; ++i) {
         store_some(out + (u + i) * rows + group, r[i], count);
       }

@@ -121,6 +121,22 @@ FASTNN_INLINE Vec load_units_first(const T* p, int64_t elements) {
     return v;
   }
 }
+// A square of kLanes units of kLanes rows, `stride` apart, turned: r[u] holds unit u of every row.
+// Rows from `rows` on and elements from `left` on are not read, and count as zeros.
+template <class Dot, class T>
+FASTNN_INLINE void load_turned(const T* p, int64_t stride, int64_t rows, int64_t left,
+                               Vec (&r)[kLanes]) {
+  FASTNN_UNROLL for (int i = 0; i < kLanes; ++i) {
+    if (i >= rows || left <= 0) {
+      r[i] = zero();
+    } else if (left >= kLanes * Dot::kPerUnit) {
+      r[i] = load_units<Dot>(p + i * stride);
+    } else {
+      r[i] = load_units_first<Dot>(p + i * stride, left);
+    }
+  }
+  transpose(r);
+}
 // Units of bfloat16 pairs from two rows that were widened: that leaves a value's bits in the upper
 // half, so the even row moves down and the odd row stays.
 FASTNN_INLINE Vec interleave_pairs(Vec even, Vec odd) {
