@@ -17,7 +17,7 @@ namespace fastnn {
 namespace {
 
 int64_t attention_fwd_scratch(const AttentionParams& p) {
-  return kQueries * (p.D + p.D_v + kKeys) + 3 * kQueries + 4 * kStrip;
+  return kQueries * (p.D + p.D_v + kForwardKeys) + 3 * kQueries + 4 * kStrip;
 }
 
 // Of x[0], x[kQueries], ... (count of them), per lane; NaN is left out. Four chains: one is bound
@@ -44,7 +44,7 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
   const AttentionParams& p = f.a;
   float* const o = scratch + kQueries * p.D;
   float* const s = o + kQueries * p.D_v;
-  float* const running_max = s + kQueries * kKeys;
+  float* const running_max = s + kQueries * kForwardKeys;
   float* const sum = running_max + kQueries;
   float* const factor = sum + kQueries;
   const int64_t width = t.strips * kStrip;
@@ -62,8 +62,8 @@ FASTNN_INLINE void attention_tile(const AttentionFwdParams& f, const QueryTile& 
     store(running_max + r, splat(-__builtin_inff()));
     store(sum + r, zero());
   }
-  for (int64_t j0 = key_begin; j0 < t.key_end; j0 += kKeys) {
-    const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
+  for (int64_t j0 = key_begin; j0 < t.key_end; j0 += kForwardKeys) {
+    const int64_t keys = t.key_end - j0 < kForwardKeys ? t.key_end - j0 : kForwardKeys;
     const SeenKeys seen = seen_keys(p, t, j0, keys);
     seen.each_keys([&](int64_t j, int64_t end, int64_t strip) {
       product<Dot>(end - j, t.strips - strip, units_of(p.D, Dot::kPerUnit),

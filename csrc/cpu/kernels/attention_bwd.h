@@ -10,8 +10,8 @@ namespace {
 // slope | lse, delta, ones | a query and scores of few.
 int64_t attention_bwd_scratch(const AttentionParams& p) {
   const int64_t d = padded_features(p.D), dv = padded_features(p.D_v);
-  return p.S_k * (d + dv) + kQueries * (2 * (p.D + p.D_v) + p.D + d + dv) + 3 * kQueries * kKeys +
-         3 * kQueries + d + kDecodeKeys + 8 * kStrip;
+  return p.S_k * (d + dv) + kQueries * (2 * (p.D + p.D_v) + p.D + d + dv) +
+         3 * kQueries * kBackwardKeys + 3 * kQueries + d + kDecodeKeys + 8 * kStrip;
 }
 
 struct BackwardMemory {
@@ -30,9 +30,9 @@ inline BackwardMemory backward_memory(const AttentionParams& p, float* scratch) 
   m.dv = take(p.S_k * dv);
   m.q_rows = take(kQueries * d);
   m.do_rows = take(kQueries * dv);
-  m.p = take(kQueries * kKeys);
-  m.ds = take(kQueries * kKeys);
-  m.slope = take(kQueries * kKeys);
+  m.p = take(kQueries * kBackwardKeys);
+  m.ds = take(kQueries * kBackwardKeys);
+  m.slope = take(kQueries * kBackwardKeys);
   m.lse = take(kQueries);
   m.delta = take(kQueries);
   m.ones = take(kQueries);
@@ -126,8 +126,8 @@ FASTNN_INLINE void attention_bwd_tile(const AttentionBwdParams& b, const QueryTi
   }
   for (int64_t i = 0; i < p.D * kQueries; i += kLanes) store(m.dq + i, zero());
   const bool few = is_decoding(p);
-  for (int64_t j0 = first_key<Dot>(t); j0 < t.key_end; j0 += kKeys) {
-    const int64_t keys = t.key_end - j0 < kKeys ? t.key_end - j0 : kKeys;
+  for (int64_t j0 = first_key<Dot>(t); j0 < t.key_end; j0 += kBackwardKeys) {
+    const int64_t keys = t.key_end - j0 < kBackwardKeys ? t.key_end - j0 : kBackwardKeys;
     const SeenKeys seen = seen_keys(p, t, j0, keys);
     if (few) few_scores<T>(p, t, j0, keys, m, m.p);
     seen.each_keys([&](int64_t j, int64_t end, int64_t strip) {

@@ -291,6 +291,7 @@ def _matrix_cases() -> Iterator[Case]:
     yield _case("one_feature", "tail", _Shape(9, 20, 1))
     yield _case("97_causal", "tail", _Shape(97, 97, 5), _Call(causal=True))
     yield _case("dropout_97", "tail", _Shape(49, 97, 5), _Call(dropout=0.5))
+    yield _case("dropout_129", "tail", _Shape(49, 129, 5), _Call(dropout=0.5))
     yield _case("one_key", "one_row", _Shape(9, 1), differentiable=("value",))
     yield _case("rows_apart", "padded_rows", _Shape(memory="padded_rows", mask="bool", mask_memory="padded_rows"))
     yield _case("heads_inside", "transposed", _Shape(50, 60, 17, memory=_heads_inside))
